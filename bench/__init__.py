@@ -1,0 +1,1 @@
+"""Benchmarks; results are appended to bench/results/."""

@@ -1,0 +1,81 @@
+"""Records what a benchmark measured: one JSON line per result, with all that tells it apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results")
+
+
+def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
+    """Appends rows to ``bench/results/<name>.jsonl`` and returns that file.
+
+    Args:
+        rows: each with what it measured (operator or workload, backend, dtype, shape) and its
+            times, in seconds; device, versions, commit, command and date are added.
+        device: the kind of device that the times are of, "cpu" or "cuda".
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    origin = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row | origin) + "\n")
+    return path
+
+
+def device_name(device: str) -> str:
+    """The model of the device, and of a CPU also the widest vector or matrix unit."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    model = found[1] if found else platform.processor() or platform.machine()
+    units = ("amx_tile", "avx512f", "avx2")
+    unit = next((x for x in units if re.search(rf"\b{x}\b", text)), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, {unit.removesuffix('_tile')}"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+@cache
+def commit() -> str:
+    """The short hash of the checkout, with "-dirty" where sources differ from it."""
+    hashed = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return (hashed or "none") + ("-dirty" if changed else "")
+
+
+def command() -> str:
+    program = Path(sys.argv[0])
+    name = f"-m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return " ".join(["python" if name.startswith("-m") else "", name, *sys.argv[1:]]).strip()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""

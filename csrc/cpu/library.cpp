@@ -1,0 +1,14 @@
+// What belongs to the library as a whole: its version and the names of its errors.
+#include "fastdreamer.h"
+
+int32_t fd_abi_version(void) { return FD_ABI_VERSION; }
+
+const char* fd_error_string(int32_t error) {
+  switch (error) {
+    case FD_OK: return "no error";
+    case FD_ERROR_NULL_POINTER: return "a tensor or its strides is a null pointer";
+    case FD_ERROR_SIZE: return "a size is negative";
+    case FD_ERROR_DTYPE: return "this dtype is not supported";
+    default: return "unknown error code";
+  }
+}

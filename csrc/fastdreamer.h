@@ -1,0 +1,64 @@
+/* The C interface of fastdreamer's compiled operators, the same for every device.
+ *
+ * Tensors are raw pointers with their strides in elements, one per dimension; 0 is a valid
+ * stride. Outputs are allocated by the caller and contiguous. Every operator returns FD_OK or an
+ * error code and touches nothing when it returns an error. `stream` is the device's stream (a
+ * cudaStream_t); the CPU library ignores it and has finished when it returns. */
+#ifndef FASTDREAMER_H
+#define FASTDREAMER_H
+
+#include <stdint.h>
+
+#define FD_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define FD_API __attribute__((visibility("default")))
+#else
+#define FD_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fd_error {
+  FD_OK = 0,
+  FD_ERROR_NULL_POINTER = 1,
+  FD_ERROR_SIZE = 2,
+  FD_ERROR_DTYPE = 3,
+};
+
+enum fd_dtype {
+  FD_FLOAT32 = 0,
+  FD_FLOAT64 = 1,
+};
+
+FD_API int32_t fd_abi_version(void);
+FD_API const char* fd_error_string(int32_t error);
+
+/* Lambda returns of N rows over T steps; all tensors (N, T):
+ *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])
+ * for t = T-1 .. 0, with ret[T] = value[T - 1]. */
+FD_API int32_t fd_lambda_return(
+    const void* reward, const int64_t* reward_strides,
+    const void* discount, const int64_t* discount_strides,
+    const void* value, const int64_t* value_strides,
+    const void* lam, const int64_t* lam_strides,
+    void* ret,
+    int64_t N, int64_t T, int32_t dtype, void* stream);
+
+/* The gradients of fd_lambda_return's four inputs from dret, the gradient of ret. */
+FD_API int32_t fd_lambda_return_backward(
+    const void* dret, const int64_t* dret_strides,
+    const void* discount, const int64_t* discount_strides,
+    const void* value, const int64_t* value_strides,
+    const void* lam, const int64_t* lam_strides,
+    const void* ret, const int64_t* ret_strides,
+    void* dreward, void* ddiscount, void* dvalue, void* dlam,
+    int64_t N, int64_t T, int32_t dtype, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,92 @@
+"""Checkpoints: atomic, checksummed, two kept.
+
+A checkpoint is ``checkpoint-<step>.pt`` (written and fsynced first) and ``checkpoint-<step>.json``
+with its SHA-256, the replay's manifest and the counters (renamed into place last). Only complete
+pairs count, so a crash while saving leaves the one before it in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEEP = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another run; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    """Its .pt file."""
+    info: Mapping[str, Any]
+    """What its .json file holds: step, updates, replay manifest, sha256."""
+
+    def load(self, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+        """The saved state.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        data = self.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.info["sha256"]:
+            raise CheckpointError(f"{self.path} is damaged: its checksum does not match")
+        del data
+        return torch.load(self.path, map_location=map_location, weights_only=True)
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any]) -> Checkpoint:
+    """Write a checkpoint of environment step ``step`` and drop all but the newest two.
+
+    Args:
+        folder: made if needed.
+        state: tensors and plain values, for the .pt file.
+        info: plain values for the .json file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint-{step:010d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+    partial.rename(path)
+    info = {**info, "step": step, "sha256": digest}
+    _write_json(path.with_suffix(".json"), info)
+    for old in find_all(folder)[:-KEEP]:
+        old.path.with_suffix(".json").unlink()
+        old.path.unlink()
+    return Checkpoint(path, info)
+
+
+def find_all(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints in a folder, oldest first."""
+    found = []
+    for info in sorted(folder.glob("checkpoint-*.json")):
+        if info.with_suffix(".pt").exists():
+            found.append(Checkpoint(info.with_suffix(".pt"), json.loads(info.read_text())))
+    return found
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".json.partial")
+    with partial.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

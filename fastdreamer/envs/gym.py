@@ -1,0 +1,107 @@
+"""Any Gymnasium environment, by id or by factory, N of them stepped in turn in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
+from fastdreamer.envs.observe import Observer
+
+Factory = Callable[[], gymnasium.Env[Any, Any]]
+
+
+class GymEnv:
+    """N environments made by one factory; a `VectorEnv`.
+
+    Args:
+      factory: makes one environment; called N times.
+      num_envs: number of environments, N.
+      seed: environment i gets seed + i at its first reset and no seed later.
+      options: see `EnvOptions`; only image_size is used.
+
+    Raises:
+      TaskError: the factory makes no Gymnasium environment, or a space is not supported.
+    """
+
+    def __init__(self, factory: Factory, num_envs: int, seed: int, options: EnvOptions) -> None:
+        self._envs = [factory() for _ in range(num_envs)]
+        env = self._envs[0]
+        if not isinstance(env, gymnasium.Env):
+            raise TaskError(f"the factory must return a gymnasium.Env, got {type(env).__name__}")
+        self.num_envs = num_envs
+        self._space = env.action_space
+        self.act_space = from_zero(self._space)
+        self._observe = Observer(env.observation_space, options.image_size)
+        self.obs_space = self._observe.space
+        meanings = getattr(env.unwrapped, "get_action_meanings", None)
+        self.action_names = list(meanings()) if callable(meanings) else None
+        self._seeds: list[int | None] = [seed + i for i in range(num_envs)]
+        self._ended = np.zeros(num_envs, bool)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        rows = [self._reset(i) for i in range(self.num_envs)]
+        return self._stack(rows, np.ones(self.num_envs, bool))
+
+    def step(self, action: Any) -> dict[str, np.ndarray]:
+        action = check_action(action, self.act_space, self.num_envs)
+        first = self._ended
+        rows = [
+            self._reset(i) if first[i] else self._envs[i].step(self._native(action, i))[:4]
+            for i in range(self.num_envs)
+        ]
+        return self._stack(rows, first)
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, i: int) -> tuple[Any, float, bool, bool]:
+        obs, _ = self._envs[i].reset(seed=self._seeds[i])
+        self._seeds[i] = None
+        return obs, 0.0, False, False
+
+    def _native(self, action: Any, i: int) -> Any:
+        if isinstance(action, dict):
+            return {k: self._native(v, i) for k, v in action.items()}
+        if isinstance(self._space, gymnasium.spaces.Discrete):
+            return action[i] + self._space.start
+        return action[i]
+
+    def _stack(
+        self, rows: list[tuple[Any, Any, bool, bool]], first: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        obs, reward, terminated, truncated = zip(*rows, strict=True)
+        terminal = np.array(terminated, bool)
+        self._ended = terminal | np.array(truncated, bool)
+        return {
+            **self._observe.stacked(list(obs)),
+            "reward": np.array(reward, np.float32),
+            "is_first": first.copy(),
+            "is_last": self._ended.copy(),
+            "is_terminal": terminal,
+        }
+
+
+def factory_by_id(task_id: str) -> Factory:
+    """A factory of a registered Gymnasium id (`CartPole-v1`, or `module:Id-v0` to import first).
+
+    Raises:
+      TaskError: unknown id or a missing package, when the id is looked up or at the first call.
+    """
+
+    def make() -> gymnasium.Env[Any, Any]:
+        try:
+            return gymnasium.make(task_id, disable_env_checker=True)
+        except (gymnasium.error.Error, ImportError) as error:
+            known = task_id in gymnasium.registry
+            hint = "" if known else ", ".join(nearest(task_id, gymnasium.registry))
+            raise TaskError(
+                f"gymnasium cannot make '{task_id}': {' '.join(str(error).split())}"
+                + (f"; nearest: {hint}" if hint else "")
+            ) from error
+
+    return make

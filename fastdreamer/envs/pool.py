@@ -1,0 +1,185 @@
+"""Environments of the envpool package: Atari by the published protocol, and any other of its ids.
+
+Facts of envpool 1.2.5 that this file relies on, each checked by a test:
+- auto-reset happens on the step after the end and discards that action; its reward is 0;
+- asked for 210 x 160 RGB, Atari frames (the maximum of the last two of a skip) and rewards equal
+  ale-py's to the byte; only where a game ends before the last frame of a skip does the terminal
+  row show an older frame;
+- a reset plays 1 to noop_max no-op frames, which do not count towards the episode's length;
+- environment i is seeded once, with seed + i, and rows come back in the order of environments.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from types import ModuleType
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
+from fastdreamer.envs.observe import Observer
+
+
+class PoolEnv:
+    """N environments of one envpool task; a `VectorEnv`.
+
+    Args:
+      task_id: an envpool id such as `MsPacman-v5` or `Catch-v0`; Atari gets the Atari protocol.
+      num_envs: number of environments, N.
+      seed: environment i is seeded with seed + i, once.
+      options: see `EnvOptions`.
+
+    Raises:
+      TaskError: unknown id, missing package or asset, or a space that is not supported.
+    """
+
+    def __init__(self, task_id: str, num_envs: int, seed: int, options: EnvOptions) -> None:
+        envpool = import_envpool(task_id)
+        if task_id not in envpool.list_all_envs():
+            hint = ", ".join(nearest(task_id, envpool.list_all_envs()))
+            raise TaskError(f"envpool has no task '{task_id}'; nearest: {hint or 'none'}")
+        atari = task_id in atari_games().values()
+        config = _atari_config(options) if atari else {}
+        if options.num_threads:
+            config["num_threads"] = options.num_threads
+        try:
+            with warnings.catch_warnings():  # float64 bounds of a float32 space: harmless
+                warnings.filterwarnings("ignore", ".*precision lowered by casting")
+                self._pool = envpool.make(
+                    task_id, env_type="gymnasium", num_envs=num_envs, seed=seed, **config
+                )
+                self._space = self._pool.single_action_space
+                obs_space = self._pool.single_observation_space
+        except (ImportError, OSError, RuntimeError) as error:
+            raise TaskError(f"envpool cannot make '{task_id}': {_one_line(error)}") from error
+        if self._pool.config["max_num_players"] != 1:
+            self._pool.close()
+            raise TaskError(f"envpool task '{task_id}' has several players: not supported")
+        self.num_envs = num_envs
+        self.act_space = from_zero(self._space)
+        self._observe = Observer(obs_space, options.image_size)
+        self.obs_space = self._observe.space
+        self._dtypes = {k: v.dtype for k, v in self._pool.spec.action_array_spec.items()}
+        self.action_names = _atari_action_names(self._pool.config) if atari else None
+        self._ended = np.zeros(num_envs, bool)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        obs, _ = self._pool.reset()
+        zeros = np.zeros(self.num_envs, bool)
+        self._ended = zeros
+        return self._rows(obs, np.zeros(self.num_envs, np.float32), ~zeros, zeros, zeros)
+
+    def step(self, action: Any) -> dict[str, np.ndarray]:
+        action = check_action(action, self.act_space, self.num_envs)
+        obs, reward, terminated, truncated, info = self._pool.step(self._native(action))
+        first = self._ended
+        self._ended = terminated | truncated
+        terminal = terminated
+        if "terminated" in info:  # a game may end on the very step of the time limit
+            terminal = terminal | (truncated & info["terminated"].astype(bool))
+        return self._rows(obs, np.where(first, 0.0, reward), first, self._ended, terminal)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _native(self, action: Any, prefix: str = "action") -> Any:
+        if isinstance(action, dict):
+            return {k: self._native(v, f"{prefix}.{k}") for k, v in action.items()}
+        start = self._space.start if isinstance(self._space, gymnasium.spaces.Discrete) else 0
+        dtype = self._dtypes.get(prefix, self._dtypes.get(f"players.{prefix}", action.dtype))
+        return np.ascontiguousarray(action + start, dtype)
+
+    def _rows(
+        self,
+        obs: Any,
+        reward: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+        terminal: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        return {
+            **self._observe(obs),
+            "reward": reward.astype(np.float32),
+            "is_first": first.copy(),
+            "is_last": last.copy(),
+            "is_terminal": terminal.copy(),
+        }
+
+
+def import_envpool(task: str) -> ModuleType:
+    """The envpool module.
+
+    Raises:
+      TaskError: it or its assets are not installed; names the packages.
+    """
+    try:
+        import envpool
+    except (ImportError, OSError) as error:
+        raise TaskError(
+            f"task '{task}' needs the envpool package and its game files:"
+            f" pip install envpool envpool-assets ({_one_line(error)})"
+        ) from error
+    return envpool
+
+
+@functools.cache
+def atari_games() -> dict[str, str]:
+    """Every Atari game that envpool offers: snake-case name to envpool id."""
+    import_envpool("atari")
+    from envpool.registration import registry
+
+    games = {
+        spec[2]["task"]: task for task, spec in registry.specs.items() if spec[0] == "envpool.atari"
+    }
+    if not games:
+        raise TaskError("envpool finds no Atari games: pip install envpool-assets")
+    return games
+
+
+def find_atari(name: str) -> str | None:
+    """The envpool id of an Atari game by any spelling (ms_pacman, MsPacman, MsPacman-v5)."""
+    games = {_fold(snake): task for snake, task in atari_games().items()}
+    return games.get(_fold(re.sub(r"-v\d+$", "", name)))
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[_\s]", "", name).lower()
+
+
+def _atari_config(options: EnvOptions) -> dict[str, Any]:
+    return {
+        "img_height": 210,
+        "img_width": 160,
+        "stack_num": 1,
+        "gray_scale": False,
+        "use_fire_reset": False,
+        "reward_clip": False,
+        "frame_skip": options.action_repeat,
+        "repeat_action_probability": options.sticky,
+        "noop_max": options.noop_max,
+        "max_episode_steps": options.max_episode_frames // options.action_repeat,
+        "full_action_space": options.full_action_space,
+        "episodic_life": options.episodic_life,
+    }
+
+
+def _atari_action_names(config: dict[str, Any]) -> list[str] | None:
+    """Action meanings, read from the game by ale-py where that is installed."""
+    try:
+        from ale_py import ALEInterface, LoggerMode
+    except ImportError:
+        return None
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    ale = ALEInterface()
+    ale.loadROM(f"{config['base_path']}/atari/roms/{config['task']}.bin")
+    full = config["full_action_space"]
+    actions = ale.getLegalActionSet() if full else ale.getMinimalActionSet()
+    return [action.name for action in actions]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,93 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Logger:
+    """Writes metrics of a run; every line has ``step``, ``updates`` and ``time`` (seconds).
+
+    Args:
+        logdir: run directory, which exists.
+        total: environment steps of the whole run.
+        step: steps already done (a resumed run).
+        elapsed: seconds already spent (a resumed run).
+        keep_bytes: what of an existing metrics.jsonl belongs to the run (a resumed run).
+        tensorboard, progress: switch those outputs off.
+    """
+
+    def __init__(
+        self,
+        logdir: Path,
+        total: int,
+        step: int = 0,
+        elapsed: float = 0.0,
+        keep_bytes: int = 0,
+        tensorboard: bool = True,
+        progress: bool = True,
+    ):
+        self._file = (logdir / "metrics.jsonl").open("ab", buffering=0)
+        self._file.truncate(keep_bytes)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events of a resumed run after the checkpoint's step are hidden by purge_step.
+            self._writer = SummaryWriter(str(logdir), purge_step=step or None)
+        self._bar = tqdm(
+            total=total, initial=step, unit="step", disable=not progress, smoothing=0.05
+        )
+        self._scores: deque[float] = deque(maxlen=20)
+        self._start = time.monotonic() - elapsed
+        self._postfix: dict[str, str] = {}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run started, over all its resumptions."""
+        return time.monotonic() - self._start
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of metrics.jsonl: a resumed run continues from there."""
+        return self._file.tell()
+
+    @property
+    def mean_score(self) -> float | None:
+        """Mean score of up to 20 last episodes."""
+        return sum(self._scores) / len(self._scores) if self._scores else None
+
+    def advance(self, steps: int) -> None:
+        """Move the progress bar."""
+        self._bar.update(steps)
+
+    def episode(self, step: int, updates: int, score: float, length: int) -> None:
+        """Log a finished episode: its return in raw reward units, its length in steps."""
+        self._scores.append(score)
+        self._postfix |= {"score": f"{score:g}", "mean": f"{self.mean_score:.4g}"}
+        self._bar.set_postfix(self._postfix, refresh=False)
+        self.write(step, updates, {"episode/score": score, "episode/length": length})
+
+    def write(self, step: int, updates: int, metrics: Mapping[str, float]) -> None:
+        """Log scalars at an environment step and update count."""
+        if "updates_per_second" in metrics:
+            self._postfix["upd/s"] = f"{metrics['updates_per_second']:.3g}"
+            self._bar.set_postfix(self._postfix, refresh=False)
+        line = {"step": step, "updates": updates, "time": round(self.elapsed, 3), **metrics}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close all outputs."""
+        self._bar.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,77 @@
+"""Loads the compiled C library that lies in this folder and calls its functions by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+CPU_LIBRARY = Path(__file__).with_name("libfastdreamer_cpu.so")
+DTYPES = {torch.float32: 0, torch.float64: 1}
+
+MATRIX = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))  # an input: data, strides
+OUTPUT = (ctypes.c_void_p,)
+SIZE = (ctypes.c_int64,)
+DTYPE_AND_STREAM = (ctypes.c_int32, ctypes.c_void_p)
+
+
+def unavailable_reason() -> str | None:
+    """Why the CPU library cannot be used, or None if it can."""
+    try:
+        _load()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@cache
+def function(name: str, signature: tuple[Any, ...]) -> Callable[..., None]:
+    """The C function ``name`` with these argument types.
+
+    Raises RuntimeError with the reason if the library cannot be used; the function itself raises
+    RuntimeError with the library's message where it returns an error code.
+    """
+    library = _load()
+
+    def check(error: int, *_: object) -> None:
+        if error:
+            raise RuntimeError(f"{name}: {library.fd_error_string(error).decode()}")
+
+    c_function = library[name]
+    c_function.argtypes = signature
+    c_function.restype = ctypes.c_int32
+    c_function.errcheck = check  # type: ignore[assignment]
+    return c_function
+
+
+def matrix(x: Tensor) -> tuple[int, ctypes.Array[ctypes.c_int64]]:
+    """The two arguments that pass a tensor as an input, with its strides as they are."""
+    return x.data_ptr(), (ctypes.c_int64 * x.ndim)(*x.stride())
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    if not CPU_LIBRARY.exists():
+        raise RuntimeError(
+            "the C++ library of fastdreamer is not built "
+            f"({CPU_LIBRARY.name} is missing beside {Path(__file__).name}): "
+            "install a C++17 compiler, then install fastdreamer again"
+        )
+    try:
+        library = ctypes.CDLL(str(CPU_LIBRARY))
+        version = library.fd_abi_version()
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{CPU_LIBRARY.name} cannot be loaded: {error}") from error
+    if version != ABI_VERSION:
+        raise RuntimeError(
+            f"{CPU_LIBRARY.name} has interface version {version}, this fastdreamer needs "
+            f"{ABI_VERSION}: install fastdreamer again"
+        )
+    library.fd_error_string.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,117 @@
+"""Chooses, once, the implementation that serves each operator.
+
+To add an operator: write its reference in ``kernels/<stem>.py``, give it a field in `Ops` and a
+row in `IMPLEMENTATIONS`; backends join the row as they are written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from . import library, unimix
+from .gru_step import gru_step
+from .lambda_return import lambda_return
+from .twohot import twohot_loss, twohot_mean
+
+BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
+
+# operator -> backend -> implementation; the reference also serves the backends that a row lacks.
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "lambda_return": {
+        "reference": lambda_return,
+        "cpp": torch.ops.fastdreamer.lambda_return.default,
+    },
+    "gru_step": {"reference": gru_step},
+    "unimix": {"reference": unimix.unimix},
+    "entropy": {"reference": unimix.entropy},
+    "kl": {"reference": unimix.kl},
+    "sample": {"reference": unimix.sample},
+    "twohot_loss": {"reference": twohot_loss},
+    "twohot_mean": {"reference": twohot_mean},
+}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operators of one backend, with the same signatures whatever serves them."""
+
+    backend: str
+    """The backend that was chosen."""
+    served_by: Mapping[str, str]
+    """Operator -> the backend that really serves it."""
+    lambda_return: Callable[..., Tensor]
+    """See `fastdreamer.kernels.lambda_return`."""
+    gru_step: Callable[..., Tensor]
+    """See `fastdreamer.kernels.gru_step`."""
+    unimix: Callable[..., Tensor]
+    """Unimixed log-probabilities; see `fastdreamer.kernels.unimix`."""
+    entropy: Callable[..., Tensor]
+    """Entropy of log-probabilities; see `fastdreamer.kernels.unimix`."""
+    kl: Callable[..., Tensor]
+    """KL of two categoricals; see `fastdreamer.kernels.unimix`."""
+    sample: Callable[..., Tensor]
+    """Straight-through Gumbel-max sample; see `fastdreamer.kernels.unimix`."""
+    twohot_loss: Callable[..., Tensor]
+    """Two-hot cross-entropy; see `fastdreamer.kernels.twohot`."""
+    twohot_mean: Callable[..., Tensor]
+    """Mean over two-hot bins; see `fastdreamer.kernels.twohot`."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Ops:
+        return self  # immutable, and shared by the copies of a network
+
+
+def resolve(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
+    """The operators of a backend for tensors on a device.
+
+    Args:
+        backend: "reference" (plain PyTorch), "cpp" (the compiled CPU library), or "auto": the
+            fastest that is available, with one warning where that is not the compiled one.
+        device: where the operators' inputs will be.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: the backend is known but not available; the message says why.
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        backend = _best(device.type)
+    elif backend not in BACKENDS:
+        near = get_close_matches(backend, ("auto", *BACKENDS), 1, cutoff=0) or ["auto"]
+        raise ValueError(f"unknown backend {backend!r}: did you mean {near[0]!r}?")
+    elif reason := _unavailable_reason(backend, device.type):
+        raise RuntimeError(f"backend {backend!r} is not available on {device.type!r}: {reason}")
+    served_by = {
+        name: backend if backend in row else "reference" for name, row in IMPLEMENTATIONS.items()
+    }
+    operators = {name: IMPLEMENTATIONS[name][by] for name, by in served_by.items()}
+    return Ops(backend=backend, served_by=MappingProxyType(served_by), **operators)
+
+
+@cache
+def _best(device_type: str) -> str:
+    reasons = []
+    for backend in reversed(BACKENDS):
+        reason = _unavailable_reason(backend, device_type)
+        if reason is None:
+            break
+        reasons.append(f"{backend}: {reason}")
+    if reasons:
+        message = f"fastdreamer runs on its {backend!r} backend ({'; '.join(reasons)})"
+        warnings.warn(message, stacklevel=3)
+    return backend
+
+
+def _unavailable_reason(backend: str, device_type: str) -> str | None:
+    if backend == "reference":
+        return None
+    if device_type != "cpu":
+        return f"it runs on the CPU only, not on {device_type}"
+    return library.unavailable_reason()

@@ -1,0 +1,95 @@
+"""Builds csrc/ into a plain C library inside fastdreamer.kernels.
+
+FASTDREAMER_BUILD=0 skips the build; CXX chooses the compiler.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel  # type: ignore[no-redef]
+
+
+def find_compiler() -> str | None:
+    """The first C++ compiler that accepts C++17."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        command = [name, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
+        if shutil.which(name) and subprocess.run(command, input=b"", **quiet).returncode == 0:
+            return name
+    return None
+
+
+ENABLED = os.environ.get("FASTDREAMER_BUILD", "1") != "0"
+COMPILER = find_compiler() if ENABLED else None
+# What CMakeLists.txt says, for a machine that has a compiler but no CMake.
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-Icsrc"]
+
+
+class CLibrary(Extension):
+    """A shared library without Python in it, named like a module of its package."""
+
+
+class BuildLibrary(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.which("cmake"):
+            self.build_with_cmake(output)
+        else:
+            command = [COMPILER, *FLAGS, *ext.sources, "-o", str(output)]
+            subprocess.run(command, check=True)
+
+    def build_with_cmake(self, output: Path) -> None:
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CXX_COMPILER": COMPILER,
+            "FASTDREAMER_OUTPUT_DIR": output.parent,
+        }
+        configure = ["cmake", "-S", ".", "-B", self.build_temp]
+        subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True)
+        target = output.stem.removeprefix("lib")
+        build = ["cmake", "--build", self.build_temp, "--target", target, "--parallel"]
+        subprocess.run(build, check=True)
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if ENABLED and COMPILER is None:
+            line = "fastdreamer: no C++17 compiler found: installing pure Python (slow)"
+            print(line, file=sys.stderr)
+        super().run()
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        # The library knows nothing of Python: one wheel serves every Python 3 of a platform.
+        tag = super().get_tag()
+        return ("py3", "none", tag[2])
+
+
+CPU_LIBRARY = CLibrary(
+    "fastdreamer.kernels.libfastdreamer_cpu",
+    sources=sorted(glob("csrc/cpu/*.cpp")),
+    depends=["CMakeLists.txt", *sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h"))],
+)
+
+setup(
+    packages=[*find_packages(include=["fastdreamer", "fastdreamer.*"]), "fastdreamer.kernels"],
+    package_dir={"fastdreamer": "fastdreamer", "fastdreamer.kernels": "kernels"},
+    ext_modules=[CPU_LIBRARY] if COMPILER else [],
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
+)

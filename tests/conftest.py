@@ -1,0 +1,77 @@
+"""Options, backends and the poisoned torch.empty that the tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastdreamer import kernels
+
+# FASTDREAMER_REQUIRE names what must be there, so that a test of it fails instead of skipping.
+REQUIRED_BY = {"cpp": "cpu"}
+EMPTY_FACTORIES = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", action="append", metavar="DIR", help="folder of golden data (repeatable)"
+    )
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=kernels.BACKENDS,
+        help="backend to test (repeatable; default: all)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test with an argument `backend` once per backend."""
+    if "backend" in metafunc.fixturenames:
+        backends = metafunc.config.getoption("--backend") or kernels.BACKENDS
+        metafunc.parametrize("backend", backends)
+
+
+@pytest.fixture
+def ops(backend: str) -> kernels.Ops:
+    """The operators of each backend on the CPU."""
+    return _resolve_or_skip(backend)
+
+
+@pytest.fixture
+def cpp() -> kernels.Ops:
+    """The operators of the compiled CPU library."""
+    return _resolve_or_skip("cpp")
+
+
+def _resolve_or_skip(backend: str) -> kernels.Ops:
+    try:
+        return kernels.resolve(backend)
+    except RuntimeError as error:
+        if REQUIRED_BY.get(backend) in os.environ.get("FASTDREAMER_REQUIRE", "").split(","):
+            pytest.fail(f"FASTDREAMER_REQUIRE asks for it: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills every new empty float tensor with NaN, so that an element never written shows."""
+    if request.node.get_closest_marker("operators"):
+        for owner, name in EMPTY_FACTORIES:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def empty(*args, **kwargs):
+        tensor = factory(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return empty
