@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
+from fastdreamer.errors import UserError
+
 KEEP = 2
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another run; the message is one line."""
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another run."""
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from fastdreamer.config import PRESETS, SIZES, Config
+from fastdreamer.errors import UserError
 
 T = TypeVar("T")
 
 
-class UsageError(ValueError):
-    """The user asked for something that is not valid; the message is one line."""
+class UsageError(UserError):
+    """An option or a combination of them is not valid."""
 
 
 def parse_config(args: Sequence[str]) -> Config:
@@ -32,7 +33,8 @@ def parse_config(args: Sequence[str]) -> Config:
     preset = _choice(args, "--preset", PRESETS, "atari100k")
     config = PRESETS[preset]
     size = _choice(args, "--size", SIZES, config.size)
-    default = dataclasses.replace(config, size=size, model=SIZES[size])
+    changes: dict[str, Any] = {"size": size, "model": SIZES[size]}
+    default = dataclasses.replace(config, **changes)
     return parse(Config, args, "python -m fastdreamer.train", default)
 
 
@@ -44,12 +46,15 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     """
     import tyro
 
-    options = {} if default is None else {"default": default}
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             parsed, unknown = tyro.cli(
-                kind, args=list(args), prog=prog, return_unknown_args=True, **options
+                kind,
+                args=list(args),
+                prog=prog,
+                return_unknown_args=True,
+                default=tyro.MISSING if default is None else default,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -64,18 +69,11 @@ def run(program: Callable[[], Any]) -> NoReturn:
     """Run a command; a user's error becomes one line on stderr and exit status 2."""
     try:
         program()
-    except (UsageError, *_user_errors()) as error:
+    except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    from fastdreamer.checkpoint import CheckpointError
-    from fastdreamer.envs.base import TaskError
-
-    return (TaskError, CheckpointError)
 
 
 def _choice(args: Sequence[str], option: str, valid: Any, default: str) -> str:
@@ -109,11 +107,11 @@ def _unknown_option(argument: str, kind: type) -> str:
     return f"unknown option {name}: {hint}"
 
 
-def _option_names(kind: Any, prefix: str = "--") -> Any:
+def _option_names(kind: Any, prefix: str = "--") -> Iterator[str]:
     for f in dataclasses.fields(kind):
         name = prefix + f.name.replace("_", "-")
-        factory = f.default_factory
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+        factory: Any = f.default_factory
+        if dataclasses.is_dataclass(factory):
             yield from _option_names(factory, name + ".")
         else:
             yield name

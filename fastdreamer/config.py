@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses with a line on each field, sizes and presets in plain Python."""
+"""Configuration: frozen dataclasses with a line on each field; sizes and presets."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ class ReturnScale(nn.Module):
 
     low: Tensor
     high: Tensor
+    quantiles: Tensor
 
     def __init__(self, decay: float, limit: float, percentiles: tuple[float, float]):
         super().__init__()
@@ -194,8 +195,9 @@ class Learner:
     def update_target(self) -> None:
         """Target critic <- critic at the very first update, an EMA of it later."""
         rate = self.config.target_rate if self.updates else 1.0
-        targets = list(self.agent.target_critic.parameters())
-        torch._foreach_lerp_(targets, list(self.agent.critic.parameters()), rate)
+        targets: list[Tensor] = list(self.agent.target_critic.parameters())
+        critic: list[Tensor] = list(self.agent.critic.parameters())
+        torch._foreach_lerp_(targets, critic, rate)
 
     def step(self, name: str, loss: Tensor) -> Metrics:
         """Backward, clip by global norm, Adam; returns the norm before clipping."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -79,7 +80,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.hidden = nn.Sequential(*(Dense(i, o) for i, o in zip(sizes, sizes[1:], strict=False)))
+        self.hidden = nn.Sequential(*(Dense(i, o) for i, o in pairwise(sizes)))
         self.out = Linear(sizes[-1], outputs, init=init) if outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,9 +146,7 @@ class Encoder(nn.Module):
         if self.images:
             channels = sum(obs_space[k].shape[2] for k in self.images)
             sizes = [channels] + [depth * 2**i for i in range(_stages(obs_space, self.images))]
-            self.cnn = nn.Sequential(
-                *(ConvBlock(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
-            )
+            self.cnn = nn.Sequential(*(ConvBlock(i, o) for i, o in pairwise(sizes)))
             self.outputs += 16 * sizes[-1]
         if self.vectors:
             self.mlp = MLP(sum(obs_space[k].shape[0] for k in self.vectors), units, layers)
@@ -167,7 +166,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (..., F) -> {image key: (..., H, W, C) of x/255 - 0.5, vector key: (..., D) symlog}."""
+    """Features (..., F) -> images (..., H, W, C) of x/255 - 0.5 and symlog vectors (..., D)."""
 
     def __init__(
         self, feat: int, obs_space: Mapping[str, Box], depth: int, units: int, layers: int
@@ -182,7 +181,7 @@ class Decoder(nn.Module):
             self.cnn = nn.Sequential(
                 *(
                     ConvBlock(i, o, up=True, last=n == stages - 1)
-                    for n, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False))
+                    for n, (i, o) in enumerate(pairwise(sizes))
                 )
             )
         if self.vectors:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdreamer.errors import UserError
+
 Segment = dict[str, Any]
 FIELDS = {"file": str, "first": int, "rows": int, "crc32": int}
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """A saved replay is missing, truncated, corrupted or of another layout."""
 
 

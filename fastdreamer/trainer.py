@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fastdreamer
 from fastdreamer import checkpoint, replay
-from fastdreamer.agent import Agent
+from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.cli import UsageError
 from fastdreamer.config import Config
@@ -88,7 +88,7 @@ class Trainer:
         self.action_space.seed(act)
         self.agent, self.learner = self._build(init, learner)
         self.generator = torch.Generator(self.device).manual_seed(act)
-        self.carry = None
+        self.carry: Carry | None = None
         self.step = 0
         self.scores: list[float] = []
         self.returns, self.lengths = np.zeros(config.num_envs), np.zeros(config.num_envs, int)

@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 import torch
 from golden_2023 import Golden2023
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from fastdreamer.agent import ActNoise, Actor
+from fastdreamer.agent import ActNoise, Agent
 from fastdreamer.kernels import twohot
 from fastdreamer.kernels.ops import IMPLEMENTATIONS, Ops
 from fastdreamer.learner import (
     ReturnScale,
-    actor_loss,
-    critic_loss,
     kl_losses,
     reconstruction_loss,
 )
@@ -295,7 +293,7 @@ class TestFunctions:
             )
             close(got, f[f"lambda/returns_{lam}"][..., 0].T, tol.forward, f"lambda {lam}")
 
-    @pytest.mark.parametrize("name,decay", [("decay099", 0.99), ("decay05", 0.5)])
+    @pytest.mark.parametrize(("name", "decay"), [("decay099", 0.99), ("decay05", 0.5)])
     def test_return_scale(self, golden, name, decay):
         f, config = golden.functions, golden.config["moments"]
         scale = ReturnScale(decay, config["max"], (config["low"], config["high"]))
@@ -414,13 +412,17 @@ class TestTrainStep:
         loss, states, _ = learner.world_model_loss(batch, noise.post)
         params = golden.trained(agent)
         model = {k: p for k, p in params.items() if k.startswith("world_model.")}
-        grads = dict(zip(model, torch.autograd.grad(loss, model.values(), retain_graph=True)))
+        grads = dict(
+            zip(model, torch.autograd.grad(loss, model.values(), retain_graph=True), strict=True)
+        )
         learner.step("world_model", loss)
         start = states.flatten()
         imagined = learner.imagine(start, 1 - batch["is_terminal"].flatten().float(), noise.imagine)
         policy_loss, value_loss, _ = learner.behaviour_losses(imagined)
         rest = {k: p for k, p in params.items() if k not in model}
-        grads |= zip(rest, torch.autograd.grad(policy_loss + value_loss, rest.values()))
+        grads |= zip(
+            rest, torch.autograd.grad(policy_loss + value_loss, rest.values()), strict=True
+        )
         assert set(grads) == set(params)
         for name, grad in grads.items():
             close(grad, golden.train[f"step1/grad/{names[name]}"], tol.grad, name)
@@ -531,9 +533,6 @@ def test_initialisation_matches_the_original(golden_folder, ops):
     golden = Golden2023(golden_folder, torch.float32, ops)
     pristine = np.load(golden_folder / "params_pristine_init.npz")
     torch.manual_seed(0)
-    from fastdreamer.agent import Agent
-    from gymnasium.spaces import Discrete
-
     agent = Agent(golden.obs_space, Discrete(golden.config["actions"]), golden.model(), ops)
     names = golden.names(agent)
     for name, parameter in golden.trained(agent).items():

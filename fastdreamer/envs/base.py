@@ -24,9 +24,11 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from fastdreamer.errors import UserError
 
-class TaskError(ValueError):
-    """An environment cannot be made from what the user asked for; the message is one line."""
+
+class TaskError(UserError):
+    """An environment cannot be made from what the user asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
