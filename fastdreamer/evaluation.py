@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,17 +15,44 @@ Rows = dict[str, np.ndarray]
 Policy = Callable[[Rows], np.ndarray]
 
 
-def run_episodes(envs: VectorEnv, policy: Policy, episodes: int) -> list[float]:
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of the scores of episodes."""
+
+    mean: float
+    std: float | None
+    """Standard deviation of the sample; None for one episode."""
+    interval: tuple[float, float] | None
+    """95 % bootstrap interval of the mean; None for one episode."""
+
+
+def summarise(scores: list[float], resamples: int = 10_000, seed: int = 0) -> Summary:
+    """Mean, standard deviation and percentile bootstrap interval of at least one score."""
+    values = np.asarray(scores)
+    if len(values) == 1:
+        return Summary(float(values[0]), None, None)
+    draws = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Summary(float(values.mean()), float(values.std(ddof=1)), (float(low), float(high)))
+
+
+def run_episodes(
+    envs: VectorEnv, policy: Policy, episodes: int, watch: Callable[[Rows], object] | None = None
+) -> list[float]:
     """Undiscounted returns in raw reward units of ``episodes`` episodes.
 
     Each environment plays an equal share (rounded up; the surplus is dropped from the last ones),
-    so that short episodes are not favoured.
+    so that short episodes are not favoured. ``watch`` is called with all rows in turn.
     """
     share = -(-episodes // envs.num_envs)
     scores: list[list[float]] = [[] for _ in range(envs.num_envs)]
     returns = np.zeros(envs.num_envs)
     rows = envs.reset()
-    while min(len(s) for s in scores) < share:
+    while True:
+        if watch is not None:
+            watch(rows)
+        if min(len(s) for s in scores) >= share:
+            break
         rows = envs.step(policy(rows))
         returns += rows["reward"]
         for i in np.flatnonzero(rows["is_last"]):

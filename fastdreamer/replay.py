@@ -78,6 +78,7 @@ class Replay:
         self.stream_capacity = capacity // num_streams
         self._check_window(max(window, 1))
         self._head = 0  # rows ever added to each stream
+        self._first = 0  # rows before this one were not loaded
         self._rng = np.random.Generator(np.random.PCG64(seed))
         rows = num_streams * self.stream_capacity
         pinned = pin_memory and torch.cuda.is_available()
@@ -104,7 +105,7 @@ class Replay:
 
     @property
     def _oldest(self) -> int:
-        return max(0, self._head - self.stream_capacity)
+        return max(self._first, self._head - self.stream_capacity)
 
     def add(self, rows: Mapping[str, Array | Tensor]) -> NDArray[np.int64]:
         """Append one row to every stream; waits for a gather that reads the rows it replaces.
@@ -260,6 +261,8 @@ class Replay:
         sync_directory(directory)
         self._segments, self._directory = segments, directory
         return self._layout() | {
+            "stream_capacity": self.stream_capacity,
+            "oldest": self._oldest,
             "head": self._head,
             "rng": self._rng.bit_generator.state,
             "segments": [dict(s) for s in segments],
@@ -269,6 +272,8 @@ class Replay:
     def load(self, directory: Path | str, manifest: Mapping[str, Any]) -> None:
         """Restore the rows, the counters and the generator, bit for bit, from `save`.
 
+        A replay of another capacity takes the newest rows that it can hold.
+
         Raises:
             ReplayError: if the manifest does not fit (nothing is changed), or a file is missing,
                 truncated or corrupted (the replay is left empty).
@@ -276,13 +281,14 @@ class Replay:
         directory = Path(directory).resolve()
         oldest, segments, snapshots = self._check_manifest(manifest)
         self._wait_idle()
-        self._head, self._segments, self._directory = 0, [], None
+        self._head = self._first = 0
+        self._segments, self._directory = [], None
         for segment in segments:
             read_segment(directory, segment, self._load_spans(segment, oldest, mutable=False))
         for segment in snapshots:
             read_segment(directory, segment, self._load_spans(segment, oldest, mutable=True))
         self._rng.bit_generator.state = manifest["rng"]
-        self._head = manifest["head"]
+        self._head, self._first = manifest["head"], oldest
         self._segments, self._directory = [dict(s) for s in segments], directory
 
     def _check_manifest(
@@ -290,7 +296,8 @@ class Replay:
     ) -> tuple[int, list[Segment], list[Segment]]:
         """The oldest row, the segments and the snapshot (none or one) of a fitting manifest."""
         layout = self._layout()
-        missing = (layout.keys() | {"head", "rng", "segments", "mutable"}) - manifest.keys()
+        fields = {"stream_capacity", "oldest", "head", "rng", "segments", "mutable"}
+        missing = (layout.keys() | fields) - manifest.keys()
         if missing:
             raise ReplayError(f"the replay manifest lacks {sorted(missing)}")
         for key, value in layout.items():
@@ -299,9 +306,10 @@ class Replay:
         if (manifest["mutable"] is not None) != bool(self._names(mutable=True)):
             raise ReplayError("the replay manifest lacks the mutable columns, or has some too many")
         snapshots = [manifest["mutable"]] if manifest["mutable"] is not None else []
-        oldest = max(0, manifest["head"] - self.stream_capacity)
+        oldest = max(manifest["oldest"], manifest["head"] - self.stream_capacity)
+        capacity = manifest["stream_capacity"]
         for segments in [manifest["segments"]] + ([snapshots] if snapshots else []):
-            check_coverage(segments, oldest, manifest["head"], self.stream_capacity)
+            check_coverage(segments, oldest, manifest["head"], capacity)
         return oldest, manifest["segments"], snapshots
 
     def _names(self, mutable: bool) -> list[str]:
@@ -311,7 +319,6 @@ class Replay:
         return {
             "format": FORMAT,
             "num_streams": self.num_streams,
-            "stream_capacity": self.stream_capacity,
             "columns": {n: c.describe() for n, c in sorted(self.columns.items())},
         }
 

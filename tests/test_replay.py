@@ -363,8 +363,27 @@ def test_manifests_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
         with pytest.raises(ReplayError):
             replay.load(tmp_path, broken)
         assert len(replay) == 40
-    with pytest.raises(ReplayError, match="stream_capacity"):
-        Replay(COLUMNS, 50, 2, 0).load(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("capacity", [10, 40, 90])
+def test_another_capacity_takes_the_newest_rows(tmp_path: Path, capacity: int) -> None:
+    """Saved with 20 rows in each stream; then both replays go on, and are saved again."""
+    replay = filled(30)
+    other = Replay(COLUMNS, capacity, 2, 0)
+    other.load(tmp_path, save(replay, tmp_path))
+    for _ in range(3):
+        kept = min(len(replay), len(other)) // 2
+        assert kept == min(20, capacity // 2)
+        times = np.arange(replay.steps // 2 - kept, replay.steps // 2 - 4)
+        index = np.stack([np.arange(len(times)) % 2, times], 1)
+        assert_equal(other.gather(index, 5), replay.gather(index, 5))
+        for _ in range(7):
+            for each in (replay, other):
+                each.add(make_rows(each.steps // 2, 2))
+        again = Replay(COLUMNS, capacity, 2, 0)
+        again.load(tmp_path, save(other, tmp_path))
+        assert len(again) == len(other)
+        other = again
 
 
 def test_a_crash_during_save_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,202 @@
+"""``python -m fastdreamer.evaluate``: scores of a trained agent. See ``--help``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdreamer.cli import UsageError, parse, run
+from fastdreamer.config import Config
+from fastdreamer.envs import VectorEnv, make_envs
+from fastdreamer.reference import published_score
+from fastdreamer.video import FORMATS, check_output, enlarge, to_rgb, write_video
+
+if TYPE_CHECKING:
+    from fastdreamer.loading import SavedRun
+
+FPS = 15
+"""Frames a second of a video: real time for Atari with an action repeat of 4."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Play whole episodes with a trained agent, or with random actions, and report the scores."""
+
+    checkpoint: Path | None = None
+    """Run directory, its checkpoints folder, or one .pt file."""
+    episodes: int = 10
+    """Episodes to play."""
+    seed: int = 0
+    """Seed of environments and sampling."""
+    num_envs: int = 8
+    """Environments stepped together (at most the number of episodes are made)."""
+    mode: bool = False
+    """Take the policy's most probable action instead of a sample."""
+    random: bool = False
+    """Play uniformly random actions instead of the agent's."""
+    task: str | None = None
+    """Task to play; default the checkpoint's. Needed for --random without a checkpoint."""
+    video: Path | None = None
+    """Write what the first environment shows to this .mp4 or .gif."""
+    json: Path | None = None
+    """Write the result to this .json file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to act; auto takes a GPU if there is one."""
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print."""
+    options = parse(Options, sys.argv[1:], "python -m fastdreamer.evaluate")
+    print(report(evaluate(options)))
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Play the episodes and write the files that are asked for.
+
+    Returns:
+        What --json writes: task, scores (raw reward units), mean, std, interval (95 % bootstrap),
+        and for a known Atari game human_normalised and published.
+
+    Raises:
+        UsageError, CheckpointError, TaskError: in one line.
+    """
+    _check(options)
+    from fastdreamer.evaluation import agent_policy, random_policy, run_episodes, summarise
+    from fastdreamer.loading import choose_device
+
+    saved, config = _subject(options)
+    count = min(options.num_envs, options.episodes)
+    envs = (
+        saved.envs(count, options.seed)
+        if saved
+        else make_envs(config.task, count, options.seed, config.env)
+    )
+    try:
+        with _Watch(options, envs) as watch:
+            if saved is None or options.random:
+                policy = random_policy(envs, options.seed)
+            else:
+                agent = saved.agent(envs, choose_device(options.device))
+                policy = agent_policy(agent, count, options.seed, options.mode)
+            scores = run_episodes(envs, policy, options.episodes, watch)
+    finally:
+        envs.close()
+    result = _described(options, saved, config) | {"scores": scores} | asdict(summarise(scores))
+    result |= _published(result)
+    if options.video is not None:
+        frames = (enlarge(to_rgb(f), watch.scale) for f in watch.frames)
+        write_video(options.video, frames, FPS)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The result of :func:`evaluate` as text."""
+    lines = [f"{result['task']}: {result['subject']}, {len(result['scores'])} episodes"]
+    lines += [f"  episode {i:3}  score {s:g}" for i, s in enumerate(result["scores"], 1)]
+    mean = f"mean {result['mean']:.5g}"
+    if result["interval"] is not None:
+        low, high = result["interval"]
+        mean += f", standard deviation {result['std']:.4g}, 95 % interval of the mean "
+        mean += f"{low:.5g} to {high:.5g} (bootstrap)"
+    lines.append(mean)
+    if "human_normalised" in result:
+        published = result["published"]
+        line = f"human-normalised {result['human_normalised']:.3f}; published after 100k steps: "
+        line += f"random {published['random']:g}, human {published['human']:g}"
+        if published["dreamer"] is not None:
+            line += f", DreamerV3 recipe {result['recipe']} {published['dreamer']:g}"
+            line += f" ({published['dreamer_normalised']:.3f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+class _Watch:
+    """Shows progress and keeps what the first environment shows, if a video is asked for."""
+
+    def __init__(self, options: Options, envs: VectorEnv):
+        self.frames: list[np.ndarray] = []
+        images = [k for k, space in envs.obs_space.spaces.items() if len(space.shape) == 3]
+        if options.video is not None and not images:
+            raise UsageError(f"--video {options.video}: this task has no images, only vectors")
+        self.key = images[0] if options.video is not None else None
+        self.scale = max(1, 256 // envs.obs_space[self.key].shape[0]) if self.key else 1
+        self._bar = tqdm(total=options.episodes, unit="episode", leave=False, disable=None)
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> None:
+        self._bar.update(min(int(rows["is_last"].sum()), self._bar.total - self._bar.n))
+        if self.key is not None:
+            self.frames.append(rows[self.key][0].copy())
+
+
+def _check(options: Options) -> None:
+    if options.checkpoint is None and not (options.random and options.task):
+        raise UsageError("give --checkpoint DIR, or --random with --task NAME")
+    if options.random and options.mode:
+        raise UsageError("--mode is of an agent's policy: leave it out with --random")
+    for option, value in (("--episodes", options.episodes), ("--num-envs", options.num_envs)):
+        if value < 1:
+            raise UsageError(f"{option} must be at least 1, got {value}")
+    check_output("--video", options.video, FORMATS)
+    check_output("--json", options.json, (".json",))
+
+
+def _subject(options: Options) -> tuple[SavedRun | None, Config]:
+    """The checkpoint, if one is given, and the configuration that says what to play."""
+    if options.checkpoint is None:
+        return None, Config(task=str(options.task))
+    from fastdreamer.loading import load_run
+
+    saved = load_run(options.checkpoint)
+    if options.task is not None:
+        saved = replace(saved, config=replace(saved.config, task=options.task))
+    return saved, saved.config
+
+
+def _described(options: Options, saved: SavedRun | None, config: Config) -> dict[str, Any]:
+    """What was played, by whom."""
+    result: dict[str, Any] = {"task": config.task, "seed": options.seed}
+    if saved is None or options.random:
+        return result | {"subject": "random actions"}
+    ratio = config.learner.replay_ratio
+    policy = "most probable actions" if options.mode else "sampled actions"
+    subject = f"recipe {config.recipe}, size {config.size}, {ratio:g} updates a step, "
+    subject += f"{saved.step:,} steps, {policy}"
+    return result | {
+        "subject": subject,
+        "checkpoint": str(saved.path),
+        "step": saved.step,
+        "recipe": config.recipe,
+        "size": config.size,
+        "updates_per_step": ratio,
+        "mode": options.mode,
+    }
+
+
+def _published(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Human-normalised score and the published ones, where they are known."""
+    published = published_score(result["task"], result.get("recipe", ""))
+    if published is None:
+        return {}
+    values = asdict(published)
+    if published.dreamer is not None:
+        values["dreamer_normalised"] = published.normalise(published.dreamer)
+    return {"human_normalised": published.normalise(result["mean"]), "published": values}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""Published scores and learning curves, which come with the source checkout."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent.parent / "bench" / "reference"
+
+# Columns of atari100k_compare.csv, by recipe.
+_COLUMNS = {
+    "2023": "dreamerv3_v1_2023_runs_in_Simulus_repo",
+    "2025": "dreamerv3_nature2025_official_json",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Scores of one Atari game after 100k steps, in raw reward units."""
+
+    random: float
+    human: float
+    dreamer: float | None
+    """DreamerV3 of the asked recipe, mean over the published seeds."""
+
+    def normalise(self, score: float) -> float:
+        """Human-normalised: 0 is random play, 1 is human."""
+        return (score - self.random) / (self.human - self.random)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A learning curve of one seed: scores (episode returns) over environment steps."""
+
+    steps: np.ndarray
+    scores: np.ndarray
+
+
+def published_score(task: str, recipe: str) -> Published | None:
+    """Published scores of an Atari game; None for other tasks, or without the source checkout."""
+    path, game = FOLDER / "atari100k_compare.csv", atari_name(task)
+    if game is None or not path.exists():
+        return None
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if _fold(row["game"]) == game:
+                dreamer = row.get(_COLUMNS.get(recipe, ""))
+                score = float(dreamer) if dreamer else None
+                return Published(float(row["random"]), float(row["human"]), score)
+    return None
+
+
+def official_curves(task: str, action_repeat: int) -> list[Curve]:
+    """The official learning curves of a task (recipe 2025), one per seed; [] where none is known.
+
+    Args:
+        task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and envpool's DeepMind
+            Control tasks (from vectors) are known.
+        action_repeat: Atari frames per step of ours; the official curves count frames.
+    """
+    game = atari_name(task)
+    prefix, colon, name = task.partition(":")
+    if game is not None:
+        rows, scale = _rows("atari100k").get(f"atari{game}", []), action_repeat
+    elif colon and prefix == "envpool":
+        rows, scale = _rows("dmc_proprio").get("dmc" + _fold(name.rpartition("-")[0]), []), 1
+    else:
+        return []
+    return [Curve(np.array(r["xs"]) / scale, np.array(r["ys"])) for r in rows]
+
+
+@cache
+def atari_name(task: str) -> str | None:
+    """An Atari game's name in small letters without separators; None for other tasks."""
+    from fastdreamer.envs import TaskError
+    from fastdreamer.envs.pool import atari_games, find_atari
+
+    prefix, colon, name = task.partition(":")
+    try:
+        if colon and prefix == "envpool":
+            found = name if name in atari_games().values() else None
+        else:
+            found = find_atari(name if prefix == "atari" else task)
+    except TaskError:  # no envpool, as on another operating system
+        found = None
+    return None if found is None else _fold(found.rpartition("-")[0])
+
+
+@cache
+def _rows(suite: str) -> dict[str, list[dict]]:
+    """Rows of a suite's file by folded task name."""
+    path = FOLDER / "scores" / f"{suite}-dreamerv3.json.gz"
+    tasks: dict[str, list[dict]] = {}
+    if path.exists():
+        with gzip.open(path, "rt") as file:
+            for row in json.load(file):
+                tasks.setdefault(_fold(row["task"]), []).append(row)
+    return tasks
+
+
+def _fold(name: str) -> str:
+    return name.replace("_", "").lower()

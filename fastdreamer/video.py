@@ -1,0 +1,75 @@
+"""Moving pictures: observations made visible, and files of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastdreamer.cli import UsageError
+
+FORMATS = (".mp4", ".gif")
+
+
+def check_output(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Make the folder of an output file and refuse what cannot be written; None is fine.
+
+    Raises:
+        UsageError: another suffix than ``suffixes``, or the folder cannot be made.
+    """
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        raise UsageError(f"{option} {path}: the file's name must end in {' or '.join(suffixes)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{option} {path}: cannot be written")
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Images (..., H, W, C) uint8 -> (..., H, W, 3); of 1 or 4 channels the last one as grey."""
+    return image if image.shape[-1] == 3 else np.repeat(image[..., -1:], 3, -1)
+
+
+def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    """Images (..., H, W, C) -> (..., scale H, scale W, C) by nearest neighbour."""
+    return image.repeat(scale, -3).repeat(scale, -2)
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Write frames (H, W, 3) uint8, of one size, as .mp4 (H.264) or as an endless .gif.
+
+    Sizes are padded with black to even numbers, which H.264 requires. A frame of a .gif lasts
+    whole hundredths of a second.
+    """
+    padded = (np.pad(f, ((0, len(f) % 2), (0, f.shape[1] % 2), (0, 0))) for f in frames)
+    if path.suffix == ".gif":
+        _write_gif(path, padded, 10 * round(100 / fps))
+        return
+    import imageio.v3 as iio
+
+    with iio.imopen(path, "w", plugin="pyav") as file:
+        file.init_video_stream("libx264", fps=fps)
+        for frame in padded:
+            file.write_frame(frame)
+
+
+def _write_gif(path: Path, frames: Iterator[np.ndarray], milliseconds: int) -> None:
+    """One palette serves all frames, so that colours do not flicker and files stay small."""
+    from PIL import Image
+
+    head = list(itertools.islice(frames, 32))
+    sample = Image.fromarray(np.concatenate(head)[::2, ::2])
+    palette = sample.quantize(256, Image.Quantize.MEDIANCUT)
+    images = (
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
+        for f in itertools.chain(head, frames)
+    )
+    first = next(images)
+    first.save(path, save_all=True, append_images=images, duration=milliseconds, loop=0)

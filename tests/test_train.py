@@ -1,0 +1,213 @@
+"""Whole runs: files, repeatability, resume, signals, kills at random moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import fastdreamer
+from fastdreamer import checkpoint
+from fastdreamer.cli import UsageError, parse_config
+from fastdreamer.trainer import Trainer
+
+# 8 x 8 windows of 16 x 16 pictures, an update every other step after 64.
+TINY = """--preset demo --size debug --env.image-size 16 --num-envs 2 --learner.batch-size 8
+ --learner.batch-length 8 --learner.horizon 5 --learner.prefill 64 --learner.replay-ratio 0.5
+ --log.every 1 --log.no-progress --log.no-tensorboard --eval-episodes 0""".split()
+
+
+def tiny(logdir: Path, *args: str) -> list[str]:
+    return [*TINY, "--logdir", str(logdir), *args]
+
+
+def lines(logdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(logdir: Path) -> list[tuple]:
+    """Every logged number that does not depend on the clock."""
+    clock = ("time", "updates_per_second", "env_steps_per_second", "checkpoint/stall_seconds")
+    found = ({k: v for k, v in line.items() if k not in clock} for line in lines(logdir))
+    return [tuple(sorted(line.items())) for line in found if len(line) > 2]
+
+
+def run(logdir: Path, *args: str) -> Trainer:
+    with Trainer(parse_config(tiny(logdir, *args))) as trainer:
+        trainer.run()
+    return trainer
+
+
+def test_same_seed_same_curve(tmp_path):
+    """Over 50 updates, and another seed gives another curve."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(tmp_path / name, "--steps", "164", "--seed", str(seed))
+    a, b, c = (curve(tmp_path / name) for name in "abc")
+    assert sum("loss/world_model" in dict(line) for line in a) == 50
+    assert a == b
+    assert a != c
+
+
+def test_run_directory(tmp_path):
+    trainer = run(tmp_path, "--steps", "100", "--log.tensorboard")
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "replay"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len(checkpoint.find_all(tmp_path / "checkpoints")) == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["learner"]["horizon"] == 5
+    losses = [line for line in lines(tmp_path) if "loss/world_model" in line]
+    assert {"step", "updates", "time", "env_steps_per_second", "updates_per_second"} <= set(
+        losses[-1]
+    )
+    assert losses[-1]["updates"] == trainer.learner.updates == 18  # (100 - 64) / 2
+    assert {"episode/score", "episode/length"} <= set().union(*lines(tmp_path))
+    assert all(np.isfinite(v) for line in losses for v in line.values())
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+def test_train_ratio_is_exact(tmp_path, ratio):
+    trainer = run(tmp_path, "--steps", "84", "--learner.replay-ratio", str(ratio))
+    assert trainer.learner.updates == int(ratio * 20)
+    steps = [line for line in lines(tmp_path) if "loss/world_model" in line]
+    for line in steps:
+        assert line["updates"] <= ratio * (line["step"] - 64) < line["updates"] + 2 * ratio + 1
+
+
+class Counter(gymnasium.Env):
+    """Deterministic and restorable: its state is a function of the number of resets and steps."""
+
+    observation_space = spaces.Dict(
+        {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-9, 9, (2,))}
+    )
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self._observe(), float(action == 1), False, self.t >= 5, {}
+
+    def _observe(self):
+        image = np.full((16, 16, 3), 40 * self.t, np.uint8)
+        return {"image": image, "vector": np.array([self.t, -self.t], np.float32)}
+
+
+def test_own_environment_with_dict_observations(tmp_path):
+    result = fastdreamer.train(Counter, *tiny(tmp_path), steps=100)
+    assert result.scores
+    assert lines(tmp_path)[-1]["step"] == 100
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    """Curve for curve, with episodes that end where the run is cut (a reset restores Counter)."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # 5 steps and 1 reset row an episode, 2 environments: an episode ends every 12 steps.
+    options = ("--deterministic", "--checkpoint-every", "48")
+    for logdir, totals in ((whole, ["192"]), (cut, ["96", "192"])):
+        for steps in totals:
+            config = parse_config(tiny(logdir, *options, "--steps", steps, "--task", "custom"))
+            with Trainer(config, Counter) as trainer:
+                trainer.run()
+    assert curve(whole) == curve(cut)
+    ours, theirs = (
+        checkpoint.find_all(d / "checkpoints")[-1].load()["agent"] for d in (whole, cut)
+    )
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_resume_does_not_burst(tmp_path):
+    run(tmp_path, "--steps", "100")
+    trainer = run(tmp_path, "--steps", "140", "--resume")
+    assert trainer.learner.updates == 38
+    losses = [line for line in lines(tmp_path) if "loss/world_model" in line]
+    assert [line["updates"] for line in losses] == list(range(1, 39))
+    for line in losses:
+        assert line["updates"] in (int((line["step"] - 64) / 2), int((line["step"] - 64) / 2) + 1)
+
+
+def test_other_networks_are_refused(tmp_path):
+    run(tmp_path, "--steps", "70")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(checkpoint.CheckpointError, match="its model"):
+        run(tmp_path, "--steps", "90", "--model.units", "32")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_capacity_below_the_run(tmp_path):
+    trainer = run(tmp_path, "--steps", "160", "--capacity", "64")
+    assert len(trainer.replay) == 64
+    with pytest.raises(UsageError, match="prefill"):
+        parse = parse_config(tiny(tmp_path / "x", "--learner.prefill", "8"))
+        Trainer(parse)
+
+
+def start(logdir: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastdreamer.train", *tiny(logdir, *args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_exits(tmp_path, number):
+    process = start(tmp_path, "--steps", "100000", "--checkpoint-every", "1000000")
+    wait_for(tmp_path / "metrics.jsonl", process)
+    while (tmp_path / "metrics.jsonl").stat().st_size < 5000:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    assert lines(tmp_path)[-1]["step"] == saved.info["step"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """With -9, again and again, while it saves every 10 steps: it always resumes."""
+    rng, folder, last = random.Random(0), tmp_path / "checkpoints", 0
+    for _ in range(6):
+        process = start(tmp_path, "--steps", "100000", "--checkpoint-every", "10")
+        wait_for(folder / "checkpoint-*.json", process)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        while (tmp_path / "metrics.jsonl").stat().st_size < size + 2000:
+            assert process.poll() is None, process.stdout.read().decode()
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        saved = checkpoint.find_all(folder)[-1]
+        assert saved.info["step"] > last
+        last = saved.info["step"]
+        assert lines_end(tmp_path) - last <= 10 + 2  # the interval, and the step in progress
+    trainer = run(tmp_path, "--steps", str(last + 20), "--checkpoint-every", "10")
+    assert trainer.learner.updates == (last + 20 - 64) // 2
+    updates = [line["updates"] for line in lines(tmp_path) if "loss/world_model" in line]
+    assert updates == list(range(1, len(updates) + 1))
+
+
+def lines_end(logdir: Path) -> int:
+    """Step of the last whole line."""
+    text = (logdir / "metrics.jsonl").read_text()
+    return json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"]
