@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import gymnasium
 import torch
-import torch.nn.functional as F
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from torch import Tensor, nn
 
+from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy, gumbel
 from fastdreamer.config import ModelConfig
-from fastdreamer.distributions import ActionDist, Categorical, gumbel
 from fastdreamer.kernels.ops import Ops
-from fastdreamer.nets import MLP, Decoder, Encoder
+from fastdreamer.nets import MLP, Decoder, Encoder, Linear, initialise, output_init
+from fastdreamer.recipe import Recipe
 from fastdreamer.rssm import RSSM, State
 
 
@@ -23,46 +25,74 @@ class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and continue heads. Source: DreamerV3, eq. 3."""
 
     def __init__(
-        self, obs_space: Mapping[str, Box], action: int, model: ModelConfig, bins: int, ops: Ops
+        self,
+        obs_space: Mapping[str, Box],
+        action: int,
+        model: ModelConfig,
+        recipe: Recipe,
+        ops: Ops,
     ):
         super().__init__()
-        nets = dict(units=model.units, layers=model.layers)
-        self.encoder = Encoder(obs_space, model.cnn_depth, **nets)
-        self.rssm = RSSM(
-            self.encoder.outputs,
-            action,
-            deter=model.deter,
-            hidden=model.hidden,
-            stoch=model.stoch,
-            classes=model.classes,
-            unimix=model.unimix,
-            ops=ops,
-        )
-        feat = self.rssm.feat
-        self.decoder = Decoder(feat, obs_space, model.cnn_depth, **nets)
-        self.reward = MLP(feat, **nets, outputs=bins, init="zero")
-        self.cont = MLP(feat, **nets, outputs=1, init="uniform")
+        self.encoder = Encoder(obs_space, model, recipe)
+        self.rssm = RSSM(self.encoder.outputs, action, model, recipe, ops)
+        self.decoder = Decoder(self.rssm.deter, self.rssm.stoch, obs_space, model, recipe)
+        size = (self.rssm.feat, model.units, model.head_layers, recipe)
+        self.reward = MLP(*size, outputs=model.bins, init="zero")
+        self.cont = MLP(*size, outputs=1, init=output_init(recipe))
+
+    def decode(self, state: State) -> dict[str, Tensor]:
+        """Predicted observations of states (..., D), in the decoder's units."""
+        return self.decoder(state.deter, state.stoch.flatten(-2))
+
+    def images(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The images among predictions, as (..., H, W, C) uint8."""
+        shift = self.rssm.recipe.image_shift
+        return {
+            k: ((predictions[k] + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+            for k in self.decoder.images
+        }
 
 
 class Actor(nn.Module):
-    """Policy over one discrete action: features (..., F) -> unimixed categorical."""
+    """Policy: features (..., F) -> a distribution for each part of the action."""
 
-    def __init__(self, feat: int, action: int, model: ModelConfig, ops: Ops):
+    def __init__(self, feat: int, spec: ActionSpec, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.mlp = MLP(feat, model.units, model.layers, action, init="uniform")
-        self.mix, self.ops = model.unimix, ops
+        self.spec, self.ops = spec, ops
+        self.mix = model.unimix if recipe.policy_unimix else 0.0
+        self.mlp = MLP(feat, model.units, model.layers, recipe)
+        self.heads = nn.ModuleDict()
+        for part in spec.parts:
+            outputs = ("logits",) if part.discrete else ("mean", "std")
+            self.heads[part.name] = nn.ModuleDict(
+                {k: _policy_head(model.units, part.size, recipe) for k in outputs}
+            )
 
-    def forward(self, feat: Tensor) -> ActionDist:
-        return Categorical(self.ops.unimix(self.mlp(feat), self.mix), self.ops)
+    def forward(self, feat: Tensor) -> Policy:
+        x = self.mlp(feat)
+        parts: dict[str, Categorical | BoundedNormal] = {}
+        for part in self.spec.parts:
+            outputs = [head(x) for head in cast(nn.ModuleDict, self.heads[part.name]).values()]
+            if part.discrete:
+                parts[part.name] = Categorical(self.ops.unimix(outputs[0], self.mix), self.ops)
+            else:
+                parts[part.name] = BoundedNormal(*outputs)
+        return Policy(parts, self.spec.sizes)
 
     def sample(self, feat: Tensor, noise: Tensor) -> Tensor:
-        """Action (..., A) drawn with ``noise`` (..., A)."""
+        """Action vector (..., A) drawn with ``noise`` (..., A)."""
         return self(feat).sample(noise)
+
+
+def _policy_head(units: int, size: int, recipe: Recipe) -> Linear:
+    head = Linear(units, size, recipe)
+    initialise(head.weight.data, units, size, recipe, output_init(recipe)).mul_(recipe.policy_scale)
+    return head
 
 
 @dataclass(frozen=True)
 class Carry:
-    """What acting remembers of N environments: latent state and last action (N, A)."""
+    """What acting remembers of N environments: latent state and last action vector (N, A)."""
 
     state: State
     action: Tensor
@@ -70,7 +100,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class ActNoise:
-    """Randomness of one acting step: ``stoch`` (N, S, K) and ``action`` (N, A) Gumbel."""
+    """Randomness of one acting step: ``stoch`` (N, S, K) Gumbel and ``action`` (N, A)."""
 
     stoch: Tensor
     action: Tensor
@@ -79,7 +109,7 @@ class ActNoise:
 class Agent(nn.Module):
     """All networks of one agent for the given single-environment spaces.
 
-    Raises ValueError where the action space is not supported by the recipe.
+    Raises ValueError where a space is not supported; the message names what is.
     """
 
     def __init__(
@@ -87,46 +117,47 @@ class Agent(nn.Module):
         obs_space: Mapping[str, Box],
         act_space: gymnasium.Space,
         model: ModelConfig,
+        recipe: Recipe,
         ops: Ops,
     ):
         super().__init__()
-        if not isinstance(act_space, Discrete):
-            raise ValueError(f"recipe 2023 supports Discrete actions, not {act_space}")
-        self.obs_space, self.model, self.ops = dict(obs_space), model, ops
-        self.actions = int(act_space.n)
-        self.first_action = int(act_space.start)
-        self.world_model = WorldModel(obs_space, self.actions, model, model.bins, ops)
+        self.spec = ActionSpec(act_space)
+        if recipe.name == "2023" and (len(self.spec.parts) > 1 or not self.spec.discrete):
+            raise ValueError(
+                f"recipe 2023 supports one Discrete action, not {act_space}; recipe 2025 does"
+            )
+        self.obs_space, self.model, self.recipe, self.ops = dict(obs_space), model, recipe, ops
+        self.world_model = WorldModel(obs_space, self.spec.size, model, recipe, ops)
         feat = self.world_model.rssm.feat
-        self.actor = Actor(feat, self.actions, model, ops)
-        self.critic = MLP(feat, model.units, model.layers, model.bins, init="zero")
+        self.actor = Actor(feat, self.spec, model, recipe, ops)
+        size = (feat, model.units, model.layers, recipe)
+        self.critic = MLP(*size, outputs=model.bins, init="zero")
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.world_model.rssm.initial_deter.dtype
+        return next(self.parameters()).dtype
 
-    def encode_action(self, action: Tensor) -> Tensor:
-        """Environment actions (...) int -> action vectors (..., A), here one-hot."""
-        return F.one_hot(action.long() - self.first_action, self.actions).to(self.dtype)
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
-    def decode_action(self, action: Tensor) -> Tensor:
-        """Action vectors (..., A) -> environment actions (...) int64."""
-        return action.argmax(-1) + self.first_action
+    def zero_state(self, rows: int) -> State:
+        """States (N, ...) of zeros."""
+        zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        size = self.model
+        return State(zeros(rows, size.deter), zeros(rows, size.stoch, size.classes))
 
     def initial_carry(self, rows: int) -> Carry:
         """Zeros for N rows; the first observation's is_first replaces them."""
-        size = self.model
-        device = self.world_model.rssm.initial_deter.device
-        zeros = lambda *shape: torch.zeros(shape, dtype=self.dtype, device=device)  # noqa: E731
-        state = State(zeros(rows, size.deter), zeros(rows, size.stoch, size.classes))
-        return Carry(state, zeros(rows, self.actions))
+        action = torch.zeros(rows, self.spec.size, dtype=self.dtype, device=self.device)
+        return Carry(self.zero_state(rows), action)
 
     def act_noise(self, rows: int, generator: torch.Generator) -> ActNoise:
         """Fresh randomness for one :meth:`act` of N rows."""
         latent = (rows, self.model.stoch, self.model.classes)
         return ActNoise(
-            gumbel(latent, generator, self.dtype),
-            gumbel((rows, self.actions), generator, self.dtype),
+            gumbel(latent, generator, self.dtype), self.spec.noise((rows,), generator, self.dtype)
         )
 
     @torch.no_grad()
@@ -137,7 +168,7 @@ class Agent(nn.Module):
         carry: Carry,
         noise: ActNoise,
         mode: bool = False,
-    ) -> tuple[Tensor, Carry]:
+    ) -> Carry:
         """One policy step for N environments.
 
         Args:
@@ -145,13 +176,13 @@ class Agent(nn.Module):
             noise: randomness; zeros give modes. mode: take the policy's mode.
 
         Returns:
-            Environment actions (N,) int64 and the carry for the next call.
+            The carry for the next call; its ``action`` is the one to take (see ``spec.decode``).
         """
         rssm = self.world_model.rssm
         scan = rssm.start_scan(self.world_model.encoder(obs))
         state, _ = rssm.observe_step(
             carry.state, carry.action, scan, scan.embedded, is_first, noise.stoch
         )
-        dist = self.actor(state.feat)
-        action = dist.mode() if mode else dist.sample(noise.action)
-        return self.decode_action(action), Carry(state, action)
+        policy = self.actor(rssm.features(state))
+        action = torch.zeros_like(noise.action) if mode else noise.action
+        return Carry(state, policy.sample(action))

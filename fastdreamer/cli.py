@@ -12,19 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from fastdreamer.config import PRESETS, SIZES, Config
-from fastdreamer.errors import UserError
+from fastdreamer.errors import UsageError, UserError
 
 T = TypeVar("T")
-
-
-class UsageError(UserError):
-    """An option or a combination of them is not valid."""
 
 
 def parse_config(args: Sequence[str]) -> Config:
     """Configuration from command line arguments (without the program's name).
 
-    ``--preset`` and ``--size`` set the defaults, every other option overrides one field.
+    ``--preset``, ``--recipe`` and ``--size`` set the defaults of the other options.
     Exits with status 0 after ``--help``.
 
     Raises:
@@ -32,9 +28,14 @@ def parse_config(args: Sequence[str]) -> Config:
     """
     preset = _choice(args, "--preset", PRESETS, "atari100k")
     config = PRESETS[preset]
-    size = _choice(args, "--size", SIZES, config.size)
-    changes: dict[str, Any] = {"size": size, "model": SIZES[size]}
-    default = dataclasses.replace(config, **changes)
+    recipe = _choice(args, "--recipe", SIZES, config.recipe)
+    if recipe != config.recipe:
+        raise UsageError(
+            f"preset {preset} is of recipe {config.recipe}; of recipe {recipe} are "
+            + ", ".join(name for name, p in PRESETS.items() if p.recipe == recipe)
+        )
+    size = _choice(args, "--size", SIZES[recipe], config.size)
+    default = dataclasses.replace(config, size=size, model=SIZES[recipe][size])
     return parse(Config, args, "python -m fastdreamer.train", default)
 
 

@@ -26,13 +26,23 @@ class ModelConfig:
     units: int = 512
     """Units of the hidden layers of every head and of the vector encoder and decoder."""
     layers: int = 2
-    """Hidden layers of each of those."""
+    """Hidden layers of the vector encoder and decoder, the actor and the critic."""
+    head_layers: int = 2
+    """Hidden layers of the reward and continue heads."""
     cnn_depth: int = 32
-    """Channels of the first convolution; they double at each of the following."""
+    """Channels of the convolutions, times their multipliers."""
+    cnn_mults: tuple[int, ...] = ()
+    """Multiplier of each convolution; empty: 1, 2, 4, ... down to 4 x 4 pixels."""
+    blocks: int = 8
+    """Blocks of the block-GRU and of the block-linear decoder stem (recipe 2025)."""
     bins: int = 255
     """Bins of the reward and value distributions (odd)."""
     unimix: float = 0.01
-    """Weight of the uniform distribution mixed into latents and policy."""
+    """Weight of the uniform distribution mixed into the latents (2023: and the policy)."""
+
+    def channels(self, stages: int) -> list[int]:
+        """Channels of each of the encoder's convolutions."""
+        return [self.cnn_depth * m for m in self.cnn_mults or (2**i for i in range(stages))]
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,16 @@ class LearnerConfig:
     """Largest global gradient norm of the actor."""
     clip_critic: float = 100.0
     """Largest global gradient norm of the critic."""
+    lr: float = 4e-5
+    """Learning rate of everything (recipe 2025)."""
+    eps: float = 1e-20
+    """LaProp epsilon (recipe 2025)."""
+    warmup: int = 1000
+    """Updates over which the learning rate rises from 0 (recipe 2025)."""
+    clip_adaptive: float = 0.3
+    """Largest ratio of a tensor's gradient norm to its own norm (recipe 2025)."""
+    replay_value_scale: float = 0.3
+    """Scale of the critic's loss on replayed states (recipe 2025)."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +131,13 @@ class Config:
 
     preset: str = "atari100k"
     """Named set of defaults: atari100k or demo."""
-    recipe: Literal["2023"] = "2023"
-    """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it)."""
+    recipe: Literal["2023", "2025"] = "2023"
+    """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it) or 2025 (Nature, official code)."""
     task: str = "ms_pacman"
     """Atari game by name, envpool:<id> or gymnasium:<id>."""
-    size: Literal["xs", "s", "m", "l", "xl", "debug"] = "s"
-    """Sizes of the networks; single fields can be set by --model.*."""
+    size: str = "s"
+    """Sizes of the networks: xs, s, m, l, xl (recipe 2023), 1m to 400m (recipe 2025), or debug;
+    single fields can be set by --model.*."""
     steps: int = 100_000
     """Environment steps (of action-repeat frames each) over all environments."""
     num_envs: int = 1
@@ -156,31 +177,96 @@ class Config:
         return amount, minutes
 
 
-SIZES: Mapping[str, ModelConfig] = MappingProxyType(
+def _size(width: int, deter: int) -> ModelConfig:
+    """A size of recipe 2025: everything but deter follows from the width of the layers."""
+    depth = width // 16
+    return ModelConfig(
+        deter=deter,
+        hidden=width,
+        classes=depth,
+        units=width,
+        layers=3,
+        head_layers=1,
+        cnn_depth=depth,
+        cnn_mults=(2, 3, 4, 4),
+    )
+
+
+SIZES: Mapping[str, Mapping[str, ModelConfig]] = MappingProxyType(
     {
-        "debug": ModelConfig(
-            deter=64, hidden=64, stoch=8, classes=8, units=64, layers=1, cnn_depth=4
-        ),
-        "xs": ModelConfig(deter=256, hidden=256, units=256, layers=1, cnn_depth=24),
-        "s": ModelConfig(),
-        "m": ModelConfig(deter=1024, hidden=640, units=640, layers=3, cnn_depth=48),
-        "l": ModelConfig(deter=2048, hidden=768, units=768, layers=4, cnn_depth=64),
-        "xl": ModelConfig(deter=4096, hidden=1024, units=1024, layers=5, cnn_depth=96),
+        "2023": {
+            "debug": ModelConfig(
+                deter=64,
+                hidden=64,
+                stoch=8,
+                classes=8,
+                units=64,
+                layers=1,
+                head_layers=1,
+                cnn_depth=4,
+            ),
+            "xs": ModelConfig(
+                deter=256, hidden=256, units=256, layers=1, head_layers=1, cnn_depth=24
+            ),
+            "s": ModelConfig(),
+            "m": ModelConfig(
+                deter=1024, hidden=640, units=640, layers=3, head_layers=3, cnn_depth=48
+            ),
+            "l": ModelConfig(
+                deter=2048, hidden=768, units=768, layers=4, head_layers=4, cnn_depth=64
+            ),
+            "xl": ModelConfig(
+                deter=4096, hidden=1024, units=1024, layers=5, head_layers=5, cnn_depth=96
+            ),
+        },
+        "2025": {
+            "debug": replace(_size(64, 64), hidden=32, stoch=8, classes=8, layers=1),
+            "1m": _size(64, 512),
+            "12m": _size(256, 2048),
+            "25m": _size(384, 3072),
+            "50m": _size(512, 4096),
+            "100m": _size(768, 6144),
+            "200m": _size(1024, 8192),
+            "400m": _size(1536, 12288),
+        },
     }
 )
-"""Model sizes of DreamerV3 v1 (appendix), S = 18 M parameters; "debug" is ours."""
+"""Model sizes by recipe, from the papers' appendices; "debug" is ours."""
+
+# The Nature recipe's differences in numbers; those in kind are in ``recipe``.
+_LEARNER_2025 = LearnerConfig(kl_dynamics=1.0, replay_ratio=0.25, prefill=1024)
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
     {
         "atari100k": Config(),
+        "atari100k-2025": Config(
+            preset="atari100k-2025", recipe="2025", size="12m", learner=_LEARNER_2025
+        ),
+        "dmc_proprio": Config(
+            preset="dmc_proprio",
+            recipe="2025",
+            task="dmc:reacher_easy",
+            size="1m",
+            steps=500_000,
+            learner=replace(_LEARNER_2025, replay_ratio=1.0),
+        ),
         "demo": Config(
             preset="demo",
             task="envpool:Catch-v0",
             size="debug",
-            steps=4_000,
+            steps=6_000,
             num_envs=4,
             eval_episodes=50,
-            learner=replace(LearnerConfig(), batch_length=16, prefill=512, replay_ratio=0.5),
+            env=EnvOptions(image_size=16),
+            learner=LearnerConfig(
+                batch_length=16,
+                horizon=10,
+                prefill=512,
+                replay_ratio=0.5,
+                lr_world_model=1e-3,
+                lr_actor=1e-3,
+                lr_critic=1e-3,
+            ),
         ),
     }
 )

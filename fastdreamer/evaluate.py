@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from fastdreamer.cli import UsageError, parse, run
+from fastdreamer.cli import parse, run
 from fastdreamer.config import Config
 from fastdreamer.envs import VectorEnv, make_envs
+from fastdreamer.errors import UsageError
 from fastdreamer.reference import published_score
 from fastdreamer.video import FORMATS, check_output, enlarge, to_rgb, write_video
 
@@ -53,7 +54,7 @@ class Options:
 
 def main() -> None:
     """Parse the command line, evaluate, print."""
-    options = parse(Options, sys.argv[1:], "python -m fastdreamer.evaluate")
+    options = parse(Options, sys.argv[1:], "python -m fastdreamer.evaluate", Options())
     print(report(evaluate(options)))
 
 
@@ -124,11 +125,12 @@ class _Watch:
 
     def __init__(self, options: Options, envs: VectorEnv):
         self.frames: list[np.ndarray] = []
-        images = [k for k, space in envs.obs_space.spaces.items() if len(space.shape) == 3]
+        spaces: Mapping[str, Any] = envs.obs_space.spaces
+        images = [k for k, space in spaces.items() if len(space.shape) == 3]
         if options.video is not None and not images:
             raise UsageError(f"--video {options.video}: this task has no images, only vectors")
         self.key = images[0] if options.video is not None else None
-        self.scale = max(1, 256 // envs.obs_space[self.key].shape[0]) if self.key else 1
+        self.scale = max(1, 256 // spaces[self.key].shape[0]) if self.key else 1
         self._bar = tqdm(total=options.episodes, unit="episode", leave=False, disable=None)
 
     def __enter__(self) -> _Watch:

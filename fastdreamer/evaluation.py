@@ -81,7 +81,7 @@ def agent_policy(agent: Agent, rows: int, seed: int, mode: bool = False) -> Poli
         obs = {k: torch.from_numpy(row[k]).to(device) for k in agent.obs_space}
         first = torch.from_numpy(row["is_first"]).to(device)
         noise = agent.act_noise(rows, generator)
-        action, carry = agent.act(obs, first, carry, noise, mode)
-        return action.cpu().numpy()
+        carry = agent.act(obs, first, carry, noise, mode)
+        return agent.spec.decode(carry.action.cpu().numpy())
 
     return policy

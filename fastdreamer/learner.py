@@ -1,4 +1,4 @@
-"""How the agent learns: the losses as pure functions, then one update in the paper's order.
+"""How the agent learns: one update in each recipe's order, from the losses in ``losses``.
 
 Legend: B batch, T time, N = B T, H horizon, A action.
 """
@@ -13,76 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
-from fastdreamer.distributions import gumbel
-from fastdreamer.kernels.ops import Ops
-from fastdreamer.kernels.twohot import symlog
+from fastdreamer.kernels.optim import adaptive_clip, laprop
+from fastdreamer.losses import (
+    ReturnScale,
+    actor_loss,
+    critic_loss,
+    kl_losses,
+    reconstruction_loss,
+    replay_returns,
+)
 from fastdreamer.rssm import ImagineNoise, State
 
 Metrics = dict[str, Tensor]
-
-
-def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Squared error without the 1/2, summed per step: (B, T, ...) -> (B, T).
-
-    Images (uint8 targets) in units of x/255 - 0.5; vectors in symlog space, where entries below
-    1e-8 count as 0.
-    """
-    if target.dtype == torch.uint8:
-        return (pred - (target.to(pred.dtype) / 255 - 0.5)).square().flatten(2).sum(-1)
-    error = (pred - symlog(target.to(pred.dtype))).square()
-    return error.masked_fill(error < 1e-8, 0).sum(-1)
-
-
-def kl_losses(post: Tensor, prior: Tensor, free_nats: float, ops: Ops) -> tuple[Tensor, ...]:
-    """Dynamics and representation KL with free nats, and the plain KL: each (B, T) nats.
-
-    Args:
-        post, prior: (B, T, S, K) log-probabilities. The free nats bound the sum over latents.
-
-    Source: DreamerV3, eq. 5.
-    """
-    dyn = ops.kl(post.detach(), prior).sum(-1)
-    rep = ops.kl(post, prior.detach()).sum(-1)
-    return dyn.clamp(min=free_nats), rep.clamp(min=free_nats), dyn.detach()
-
-
-def actor_loss(
-    log_prob: Tensor, entropy: Tensor, advantage: Tensor, weight: Tensor, entropy_scale: float
-) -> Tensor:
-    """REINFORCE with an entropy bonus, all (N, H) -> scalar. Source: DreamerV3, eq. 11."""
-    return -(weight * (log_prob * advantage.detach() + entropy_scale * entropy)).mean()
-
-
-def critic_loss(
-    logits: Tensor, returns: Tensor, target_value: Tensor, weight: Tensor, ops: Ops
-) -> Tensor:
-    """Two-hot loss to the returns and to the target critic: (N, H, bins), (N, H) -> scalar."""
-    loss = ops.twohot_loss(logits, returns) + ops.twohot_loss(logits, target_value)
-    return (weight * loss).mean()
-
-
-class ReturnScale(nn.Module):
-    """Running 5 to 95 percentile range of the returns, in float32. Source: DreamerV3, eq. 12."""
-
-    low: Tensor
-    high: Tensor
-    quantiles: Tensor
-
-    def __init__(self, decay: float, limit: float, percentiles: tuple[float, float]):
-        super().__init__()
-        self.decay, self.limit = decay, limit
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-        self.register_buffer("quantiles", torch.tensor(percentiles), persistent=False)
-
-    def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
-        """Update with ``returns`` (any shape), then give (offset, scale), both scalar."""
-        levels = torch.quantile(returns.detach().float().flatten(), self.quantiles.float())
-        for buffer, level in zip((self.low, self.high), levels, strict=True):
-            buffer.copy_(self.decay * buffer.float() + (1 - self.decay) * level)
-        return self.low.clone(), (self.high - self.low).clamp(min=self.limit)
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,10 +40,20 @@ class UpdateNoise:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """The world model's pass over a batch, (B, T, ...)."""
+
+    states: State
+    losses: dict[str, Tensor]
+    """Unscaled, each (B, T)."""
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
 class Imagined:
     """An imagined rollout and what the heads say of it; (N, H + 1, ...), start first."""
 
-    states: State
+    feat: Tensor
     actions: Tensor
     rewards: Tensor
     conts: Tensor
@@ -109,20 +65,190 @@ class Imagined:
 
 
 class Learner:
-    """Updates an agent from replayed sequences, in the order of recipe 2023.
-
-    One update: target critic EMA, world model step, imagination with the updated world model
-    from the posteriors before it, actor step, critic step.
-    """
+    """Updates an agent from replayed sequences. Subclasses fix the order of one update."""
 
     def __init__(self, agent: Agent, config: LearnerConfig, seed: int = 0):
-        self.agent, self.config, self.ops = agent, config, agent.ops
-        device = agent.world_model.rssm.initial_deter.device
+        self.agent, self.config = agent, config
+        self.ops, self.recipe = agent.ops, agent.recipe
         self.scale = ReturnScale(
             config.return_decay, config.return_limit, (config.return_low, config.return_high)
-        ).to(device)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        ).to(agent.device)
+        self.generator = torch.Generator(agent.device).manual_seed(seed)
         self.updates = 0
+
+    @staticmethod
+    def make(agent: Agent, config: LearnerConfig, seed: int = 0) -> Learner:
+        """The learner of the agent's recipe."""
+        kind = JointLearner if agent.recipe.joint else SeparateLearner
+        return kind(agent, config, seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the agent: optimisers, return scale, generator, update count."""
+        return {
+            "optimizer": self._optimizer_state(),
+            "scale": self.scale.state_dict(),
+            "generator": self.generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of :meth:`state_dict`."""
+        self._load_optimizer(state["optimizer"])
+        self.scale.load_state_dict(state["scale"])
+        self.generator.set_state(state["generator"].cpu())
+        self.updates = state["updates"]
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def draw_noise(self, batch: int, length: int) -> UpdateNoise:
+        """Fresh randomness for one update of ``batch`` sequences of ``length`` steps."""
+        model, horizon, dtype = self.agent.model, self.config.horizon, self.agent.dtype
+        latent = (model.stoch, model.classes)
+        rows = batch * length
+        return UpdateNoise(
+            gumbel((batch, length, *latent), self.generator, dtype),
+            ImagineNoise(
+                gumbel((rows, horizon, *latent), self.generator, dtype),
+                self.agent.spec.noise((rows, horizon + 1), self.generator, dtype),
+            ),
+        )
+
+    def update(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+        """One update from (B, T, ...) sequences.
+
+        Args:
+            batch: the observations by key; ``action`` (B, T, A) vectors taken *after* the
+                observation; ``reward`` (B, T) received with it; ``is_first``, ``is_last`` and
+                ``is_terminal`` (B, T) bool. In recipe 2025 also ``deter`` and ``stoch``, the
+                latents stored with each step; its first step is context: the sequence starts
+                from the latents there, and the losses are over the T - 1 others.
+            noise: randomness; drawn from the learner's generator if None.
+
+        Returns:
+            Scalar tensors by name, on the device, and the posterior states of the loss's steps.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Target critic <- moving average of the critic, after each update."""
+        targets: list[Tensor] = list(self.agent.target_critic.parameters())
+        critic: list[Tensor] = list(self.agent.critic.parameters())
+        torch._foreach_lerp_(targets, critic, self.config.target_rate)
+
+    def observe(
+        self, batch: Batch, start: State | None, previous: Tensor, noise: Tensor
+    ) -> Observed:
+        """World model over a batch; ``previous`` (B, T, A) are the actions before each step.
+
+        Source: DreamerV3, eq. 4-5.
+        """
+        model, config, ops = self.agent.world_model, self.config, self.ops
+        obs = {k: batch[k] for k in self.agent.obs_space}
+        is_first = batch["is_first"].bool()
+        states, post, prior = model.rssm.observe(
+            start, model.encoder(obs), previous, is_first, noise
+        )
+        feat = model.rssm.features(states)
+        recon = model.decode(states)
+        losses = {k: reconstruction_loss(v, obs[k], self.recipe) for k, v in recon.items()}
+        losses["reward"] = ops.twohot_loss(model.reward(feat), batch["reward"], self.recipe.bins)
+        target = 1 - batch["is_terminal"].to(feat.dtype)
+        if self.recipe.soft_continue:
+            target = target * config.gamma
+        losses["cont"] = F.binary_cross_entropy_with_logits(
+            model.cont(feat).squeeze(-1), target, reduction="none"
+        )
+        losses["dyn"], losses["rep"], kl = kl_losses(post, prior, config.free_nats, ops)
+        with torch.no_grad():
+            metrics = {f"loss/{k}": v.mean() for k, v in losses.items()} | {
+                "kl": kl.mean(),
+                "entropy/posterior": ops.entropy(post).sum(-1).mean(),
+                "entropy/prior": ops.entropy(prior).sum(-1).mean(),
+            }
+        return Observed(states, losses, metrics)
+
+    def world_model_loss(self, observed: Observed) -> Tensor:
+        """Weighted sum of the losses' means (scalar)."""
+        config = self.config
+        scales = {
+            "dyn": config.kl_dynamics,
+            "rep": config.kl_representation,
+            "cont": config.cont_scale,
+        }
+        total = [scales.get(k, 1.0) * v for k, v in observed.losses.items()]
+        return torch.stack(total).sum(0).mean()
+
+    @torch.no_grad()
+    def imagine(self, start: State, cont: Tensor, noise: ImagineNoise) -> Imagined:
+        """Roll out from N starts (``cont`` (N,): 1 where they are not terminal) and judge it.
+
+        Source: DreamerV3, eq. 6-7 and 12. Updates the return scale.
+        """
+        model, config, ops, bins = (
+            self.agent.world_model,
+            self.config,
+            self.ops,
+            self.recipe.bins,
+        )
+        states, actions = model.rssm.imagine(start, self.agent.actor.sample, noise)
+        feat = model.rssm.features(states)
+        rewards = ops.twohot_mean(model.reward(feat), bins)
+        logits = model.cont(feat).squeeze(-1)
+        if self.recipe.soft_continue:  # the discount is in the probability
+            conts, gamma = torch.sigmoid(logits), 1.0
+        else:
+            conts, gamma = (logits > 0).to(feat.dtype), config.gamma
+            conts[:, 0] = cont
+        values = ops.twohot_mean(self.agent.critic(feat), bins)
+        discount = gamma * conts
+        lam = discount.new_tensor(config.lam).expand_as(rewards[:, 1:])
+        returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
+        advantage = (returns - values[:, :-1]) / self.scale(returns)
+        weight = discount.cumprod(1) / gamma
+        target_values = ops.twohot_mean(self.agent.target_critic(feat[:, :-1]), bins)
+        return Imagined(
+            feat, actions, rewards, conts, values, returns, weight, advantage, target_values
+        )
+
+    def behaviour_losses(self, imagined: Imagined) -> tuple[Tensor, Tensor, Metrics]:
+        """Actor and critic losses (scalars) of a rollout, and metrics."""
+        feat, weight = imagined.feat[:, :-1], imagined.weight[:, :-1]
+        policy = self.agent.actor(feat)
+        entropy = policy.entropy()
+        policy_loss = actor_loss(
+            policy.log_prob(imagined.actions[:, :-1]),
+            entropy,
+            imagined.advantage,
+            weight,
+            self.config.entropy_scale,
+        )
+        targets = (imagined.returns, imagined.target_values)
+        value_loss = critic_loss(
+            self.agent.critic(feat), targets, weight, self.recipe.bins, self.ops
+        )
+        metrics = {
+            "loss/policy": policy_loss.detach(),
+            "loss/value": value_loss.detach(),
+            "entropy/policy": entropy.detach().mean(),
+            "imagined/reward": imagined.rewards.mean(),
+            "imagined/value": imagined.values.mean(),
+            "imagined/return": imagined.returns.mean(),
+            "return/low": self.scale.low.clone(),
+            "return/high": self.scale.high.clone(),
+        }
+        return policy_loss, value_loss, metrics
+
+
+class SeparateLearner(Learner):
+    """Recipe 2023: world model step, imagination with the updated model, actor and critic steps."""
+
+    def __init__(self, agent: Agent, config: LearnerConfig, seed: int = 0):
+        super().__init__(agent, config, seed)
         self.optimizers = {
             "world_model": self._adam(
                 agent.world_model, config.lr_world_model, config.eps_world_model
@@ -140,64 +266,34 @@ class Learner:
     def _adam(module: nn.Module, lr: float, eps: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(module.parameters(), lr=lr, eps=eps, fused=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the agent: optimisers, return scale, generator, update count."""
-        return {
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "scale": self.scale.state_dict(),
-            "generator": self.generator.get_state(),
-            "updates": self.updates,
-        }
+    def _optimizer_state(self) -> dict[str, Any]:
+        return {k: o.state_dict() for k, o in self.optimizers.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of :meth:`state_dict`."""
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.scale.load_state_dict(state["scale"])
-        self.generator.set_state(state["generator"].cpu())
-        self.updates = state["updates"]
+            optimizer.load_state_dict(state[name])
 
-    def draw_noise(self, batch: int, length: int) -> UpdateNoise:
-        """Fresh randomness for one update of ``batch`` sequences of ``length`` steps."""
-        model, horizon = self.agent.model, self.config.horizon
-        latent = (model.stoch, model.classes)
-        draw = lambda *shape: gumbel(shape, self.generator, self.agent.dtype)  # noqa: E731
-        rows = batch * length
-        return UpdateNoise(
-            draw(batch, length, *latent),
-            ImagineNoise(draw(rows, horizon, *latent), draw(rows, horizon + 1, self.agent.actions)),
-        )
-
-    def update(self, batch: Mapping[str, Tensor], noise: UpdateNoise | None = None) -> Metrics:
-        """One update from (B, T, ...) sequences.
-
-        Args:
-            batch: the observations by key, ``action`` (as the environment takes it, or vectors
-                (B, T, A)) taken *after* the observation, ``reward`` (B, T) received with it,
-                ``is_first`` and ``is_terminal`` (B, T) bool.
-            noise: randomness; drawn from the learner's generator if None.
-
-        Returns:
-            Scalar tensors by name, on the device.
-        """
-        if noise is None:
-            noise = self.draw_noise(*batch["reward"].shape)
-        self.update_target()
-        loss, states, metrics = self.world_model_loss(batch, noise.post)
+    def update(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+        noise = noise or self.draw_noise(*batch["reward"].shape)
+        observed = self.observe_batch(batch, noise.post)
+        loss = self.world_model_loss(observed)
+        metrics = observed.metrics | {"loss/world_model": loss.detach()}
         metrics |= self.step("world_model", loss)
-        imagined = self.imagine(states.flatten(), 1 - _flat(batch["is_terminal"]), noise.imagine)
+        # Imagination runs the updated model from the posteriors before its update.
+        cont = 1 - batch["is_terminal"].to(loss.dtype).flatten()
+        imagined = self.imagine(observed.states.flatten(), cont, noise.imagine)
         policy_loss, value_loss, behaviour = self.behaviour_losses(imagined)
         metrics |= behaviour | self.step("actor", policy_loss) | self.step("critic", value_loss)
+        self.update_target()
         self.updates += 1
-        return metrics
+        return metrics, observed.states
 
-    @torch.no_grad()
-    def update_target(self) -> None:
-        """Target critic <- critic at the very first update, an EMA of it later."""
-        rate = self.config.target_rate if self.updates else 1.0
-        targets: list[Tensor] = list(self.agent.target_critic.parameters())
-        critic: list[Tensor] = list(self.agent.critic.parameters())
-        torch._foreach_lerp_(targets, critic, rate)
+    def observe_batch(self, batch: Batch, noise: Tensor) -> Observed:
+        """World model over a batch whose rows all start from the initial state."""
+        is_first = batch["is_first"].bool().clone()
+        is_first[:, 0] = True
+        previous = F.pad(batch["action"][:, :-1], (0, 0, 1, 0))
+        return self.observe({**batch, "is_first": is_first}, None, previous, noise)
 
     def step(self, name: str, loss: Tensor) -> Metrics:
         """Backward, clip by global norm, Adam; returns the norm before clipping."""
@@ -209,98 +305,77 @@ class Learner:
         optimizer.step()
         return {f"grad_norm/{name}": norm}
 
-    def world_model_loss(
-        self, batch: Mapping[str, Tensor], noise: Tensor
-    ) -> tuple[Tensor, State, Metrics]:
-        """Loss of the world model (scalar), posterior states (B, T, ...), metrics.
 
-        Source: DreamerV3, eq. 4-5.
-        """
-        model, config, ops = self.agent.world_model, self.config, self.ops
-        obs = {k: batch[k] for k in self.agent.obs_space}
-        action = batch["action"]
-        if not action.is_floating_point():
-            action = self.agent.encode_action(action)
-        previous = F.pad(action[:, :-1], (0, 0, 1, 0))  # the action before each observation
-        is_first = batch["is_first"].bool().clone()
-        is_first[:, 0] = True
-        states, post, prior = model.rssm.observe(model.encoder(obs), previous, is_first, noise)
-        feat = states.feat
-        dyn, rep, kl = kl_losses(post, prior, config.free_nats, ops)
-        losses = {k: reconstruction_loss(v, obs[k]) for k, v in model.decoder(feat).items()}
-        losses["reward"] = ops.twohot_loss(model.reward(feat), batch["reward"])
-        logit, target = model.cont(feat).squeeze(-1), 1 - batch["is_terminal"].to(feat.dtype)
-        losses["cont"] = config.cont_scale * F.binary_cross_entropy_with_logits(
-            logit, target, reduction="none"
-        )
-        losses["kl"] = config.kl_dynamics * dyn + config.kl_representation * rep
-        total = torch.stack(list(losses.values())).sum(0).mean()
-        metrics = {f"loss/{k}": v.detach().mean() for k, v in losses.items()}
-        with torch.no_grad():
-            metrics |= {
-                "loss/world_model": total.detach(),
-                "kl": kl.mean(),
-                "entropy/posterior": ops.entropy(post).sum(-1).mean(),
-                "entropy/prior": ops.entropy(prior).sum(-1).mean(),
-            }
-        return total, states, metrics
+class JointLearner(Learner):
+    """Recipe 2025: one loss, with a replay value loss, one LaProp step, then the target critic."""
 
-    @torch.no_grad()
-    def imagine(self, start: State, cont: Tensor, noise: ImagineNoise) -> Imagined:
-        """Roll out from N starts (``cont`` (N,): 1 where they are not terminal) and judge it.
+    def __init__(self, agent: Agent, config: LearnerConfig, seed: int = 0):
+        super().__init__(agent, config, seed)
+        self.params = {k: p for k, p in agent.named_parameters() if p.requires_grad}
+        self.nu = {k: torch.zeros_like(p) for k, p in self.params.items()}
+        self.mu = {k: torch.zeros_like(p) for k, p in self.params.items()}
 
-        Source: DreamerV3, eq. 6-7 and 12. Updates the return scale.
-        """
-        model, config, ops = self.agent.world_model, self.config, self.ops
-        states, actions = model.rssm.imagine(start, self.agent.actor.sample, noise)
-        feat = states.feat
-        rewards = ops.twohot_mean(model.reward(feat))
-        conts = (model.cont(feat).squeeze(-1) > 0).to(feat.dtype)
-        conts[:, 0] = cont
-        values = ops.twohot_mean(self.agent.critic(feat))
-        discount = config.gamma * conts
-        returns = ops.lambda_return(
-            rewards[:, 1:],
-            discount[:, 1:],
-            values[:, 1:],
-            discount.new_tensor(config.lam).expand_as(rewards[:, 1:]),
-        )
-        offset, scale = self.scale(returns)
-        advantage = (returns - offset) / scale - (values[:, :-1] - offset) / scale
-        weight = discount.cumprod(1) / config.gamma
-        target_values = ops.twohot_mean(self.agent.target_critic(feat[:, :-1]))
-        return Imagined(
-            states, actions, rewards, conts, values, returns, weight, advantage, target_values
-        )
+    def _optimizer_state(self) -> dict[str, Any]:
+        return {"nu": self.nu, "mu": self.mu}
 
-    def behaviour_losses(self, imagined: Imagined) -> tuple[Tensor, Tensor, Metrics]:
-        """Actor and critic losses (scalars) of a rollout, and metrics."""
-        feat = imagined.states.feat[:, :-1]
-        weight = imagined.weight[:, :-1]
-        dist = self.agent.actor(feat)
-        entropy = dist.entropy()
-        policy_loss = actor_loss(
-            dist.log_prob(imagined.actions[:, :-1]),
-            entropy,
-            imagined.advantage,
-            weight,
-            self.config.entropy_scale,
-        )
-        value_loss = critic_loss(
-            self.agent.critic(feat), imagined.returns, imagined.target_values, weight, self.ops
-        )
-        metrics = {
-            "loss/policy": policy_loss.detach(),
-            "loss/value": value_loss.detach(),
-            "entropy/policy": entropy.detach().mean(),
-            "imagined/reward": imagined.rewards.mean(),
-            "imagined/value": imagined.values.mean(),
-            "imagined/return": imagined.returns.mean(),
-            "return/low": self.scale.low.clone(),
-            "return/high": self.scale.high.clone(),
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        for name in self.params:
+            self.nu[name].copy_(state["nu"][name])
+            self.mu[name].copy_(state["mu"][name])
+
+    def update(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+        rows, length = batch["reward"].shape
+        noise = noise or self.draw_noise(rows, length - 1)
+        loss, metrics, states = self.loss(batch, noise)
+        grads = list(torch.autograd.grad(loss, list(self.params.values())))
+        metrics["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
+        self.step(grads)
+        self.update_target()
+        self.updates += 1
+        return metrics, states
+
+    def loss(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Metrics, State]:
+        """The total loss of a batch with one step of context, metrics, posterior states."""
+        start = State(batch["deter"][:, 0], batch["stoch"][:, 0])
+        previous = batch["action"][:, :-1]
+        batch = {k: v[:, 1:] for k, v in batch.items()}
+        observed = self.observe(batch, start, previous, noise.post)
+        states = observed.states
+        cont = 1 - batch["is_terminal"].to(previous.dtype).flatten()
+        imagined = self.imagine(states.flatten(), cont, noise.imagine)
+        policy_loss, value_loss, metrics = self.behaviour_losses(imagined)
+        replay_loss = self.replay_value_loss(batch, states, imagined)
+        total = self.world_model_loss(observed) + policy_loss + value_loss
+        total = total + self.config.replay_value_scale * replay_loss
+        metrics |= observed.metrics | {
+            "loss/total": total.detach(),
+            "loss/replay_value": replay_loss.detach(),
         }
-        return policy_loss, value_loss, metrics
+        return total, metrics, states
 
+    def replay_value_loss(self, batch: Batch, states: State, imagined: Imagined) -> Tensor:
+        """Critic loss on the replayed states, which also trains the world model (scalar).
 
-def _flat(flag: Tensor) -> Tensor:
-    return flag.to(torch.float32).flatten()
+        Returns are bootstrapped from the imagined return of each state.
+        Source: DreamerV3 (Nature), "Critic learning".
+        """
+        feat = self.agent.world_model.rssm.features(states)
+        boot = imagined.returns[:, 0].unflatten(0, batch["reward"].shape)
+        last, terminal = batch["is_last"].to(feat.dtype), batch["is_terminal"].to(feat.dtype)
+        config = self.config
+        returns = replay_returns(
+            batch["reward"], last, terminal, boot, config.gamma, config.lam, self.ops
+        )
+        target_logits = self.agent.target_critic(feat.detach())
+        slow = self.ops.twohot_mean(target_logits, self.recipe.bins)
+        targets = (returns, slow[:, :-1].detach())
+        logits = self.agent.critic(feat)[:, :-1]
+        return critic_loss(logits, targets, 1 - last[:, :-1], self.recipe.bins, self.ops)
+
+    def step(self, grads: list[Tensor]) -> None:
+        """Adaptive clipping and LaProp with linear warm-up; the first update has rate 0."""
+        config, params = self.config, [p.data for p in self.params.values()]
+        warmup = min(1.0, self.updates / config.warmup) if config.warmup else 1.0
+        clipped = adaptive_clip(grads, params, config.clip_adaptive)
+        moments = (list(self.nu.values()), list(self.mu.values()))
+        laprop(params, clipped, *moments, self.updates + 1, config.lr * warmup, eps=config.eps)

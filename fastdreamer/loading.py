@@ -18,10 +18,11 @@ from torch import Tensor
 from fastdreamer import checkpoint
 from fastdreamer.agent import Agent
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
-from fastdreamer.cli import UsageError
 from fastdreamer.config import Config
 from fastdreamer.envs import VectorEnv, make_envs
+from fastdreamer.errors import UsageError
 from fastdreamer.kernels import resolve
+from fastdreamer.recipe import RECIPES
 
 T = TypeVar("T")
 Factory = Callable[[], gymnasium.Env]
@@ -63,7 +64,9 @@ class SavedRun:
         """
         try:
             ops = resolve("auto", device)
-            agent = Agent(envs.obs_space.spaces, envs.act_space, self.config.model, ops)
+            boxes: Any = envs.obs_space.spaces
+            recipe = RECIPES[self.config.recipe]
+            agent = Agent(boxes, envs.act_space, self.config.model, recipe, ops)
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"task {self.config.task}: {error}") from None
         _check_weights(self.path, agent.state_dict(), self.weights)
@@ -173,6 +176,9 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
             names = ", ".join(map(str, valid))
             raise CheckpointError(f"{source} is {value!r}, valid are {names}")
         return value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        item = typing.get_args(hint)[0]  # only tuple[X, ...] occurs
+        return tuple(_convert(item, v, source) for v in value)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None

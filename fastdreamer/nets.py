@@ -1,7 +1,7 @@
 """Layers of the networks: initialisers, dense and convolutional blocks, encoder and decoder.
 
-Every hidden block is Linear or Conv without bias -> LayerNorm -> SiLU; every output layer has a
-bias. Images enter as (..., H, W, C) uint8 and leave as (..., H, W, C) predictions of x/255 - 0.5.
+A hidden block is Linear or Conv -> norm -> SiLU. Images enter as (..., H, W, C) uint8 and are
+predicted as (..., H, W, C) x/255 - shift; vectors are squashed by symlog on both sides.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
+from fastdreamer.config import ModelConfig
+from fastdreamer.kernels.gru_step import block_linear
 from fastdreamer.kernels.twohot import symlog
+from fastdreamer.recipe import Recipe
 
 Init = Literal["normal", "uniform", "zero"]
-NORM_EPS = 1e-3
 _TRUNC_STD = 0.87962566103423978  # standard deviation of a unit normal cut at +-2
 
 
-def initialise(weight: Tensor, fan: float, init: Init = "normal") -> Tensor:
-    """Fill ``weight`` in place: fan-average truncated normal, uniform, or zeros.
+def initialise(
+    weight: Tensor, inputs: float, outputs: float, recipe: Recipe, init: Init = "normal"
+) -> Tensor:
+    """Fill ``weight`` in place with a truncated normal, a uniform, or zeros.
 
-    ``fan`` is the mean of fan-in and fan-out; "normal" and "uniform" both have variance 1/fan.
-    Source: DreamerV3 v1 (appendix) as its code has it: its "xavier normal" is truncated at two
-    standard deviations and rescaled.
+    Both distributions have variance 1/fan; fan is ``inputs``, or its mean with ``outputs``. The
+    normal is cut at two standard deviations. Source: DreamerV3 (appendix) as its code has it.
     """
+    fan = inputs if recipe.fan == "in" else (inputs + outputs) / 2
     if init == "normal":
         std = math.sqrt(1 / fan) / _TRUNC_STD
         return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
@@ -39,30 +43,53 @@ def initialise(weight: Tensor, fan: float, init: Init = "normal") -> Tensor:
     return nn.init.zeros_(weight)
 
 
+def output_init(recipe: Recipe) -> Init:
+    """How output layers without a rule of their own start."""
+    return "uniform" if recipe.uniform_outputs else "normal"
+
+
 class Linear(nn.Linear):
     """Linear layer with the paper's initialisation; (..., I) -> (..., O)."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, init: Init = "normal"):
+    def __init__(
+        self, inputs: int, outputs: int, recipe: Recipe, bias: bool = True, init: Init = "normal"
+    ):
         super().__init__(inputs, outputs, bias)
-        initialise(self.weight.data, (inputs + outputs) / 2, init)
+        initialise(self.weight.data, inputs, outputs, recipe, init)
         if bias:
             nn.init.zeros_(self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last axis, or over the channels of a channels-last image."""
+class BlockLinear(nn.Module):
+    """G products side by side over G contiguous parts of the input; (..., I) -> (..., O)."""
 
-    def __init__(self, size: int):
-        super().__init__(size, eps=NORM_EPS)
+    def __init__(self, inputs: int, outputs: int, blocks: int, recipe: Recipe):
+        super().__init__()
+        if inputs % blocks or outputs % blocks:
+            raise ValueError(f"{inputs} inputs and {outputs} outputs must divide by {blocks}")
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        initialise(self.weight.data, inputs, outputs, recipe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.weight.shape[0], -1))
+        return block_linear(x, self.weight).flatten(-2) + self.bias
+
+
+def make_norm(size: int, recipe: Recipe) -> nn.LayerNorm | nn.RMSNorm:
+    """The recipe's norm over the last axis (the channels of a channels-last image)."""
+    if recipe.norm == "layer":
+        return nn.LayerNorm(size, eps=1e-3)
+    return nn.RMSNorm(size, eps=1e-4)
 
 
 class Dense(nn.Module):
-    """Hidden block Linear -> LayerNorm -> SiLU; (..., I) -> (..., O)."""
+    """Hidden block Linear -> norm -> SiLU; (..., I) -> (..., O)."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, recipe: Recipe):
         super().__init__()
-        self.linear = Linear(inputs, outputs, bias=False)
-        self.norm = LayerNorm(outputs)
+        self.linear = Linear(inputs, outputs, recipe, bias=recipe.norm == "rms")
+        self.norm = make_norm(outputs, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activate(self.linear(x))
@@ -76,34 +103,55 @@ class MLP(nn.Module):
     """``layers`` hidden blocks of ``units`` and an optional output layer of ``outputs``."""
 
     def __init__(
-        self, inputs: int, units: int, layers: int, outputs: int = 0, init: Init = "normal"
+        self,
+        inputs: int,
+        units: int,
+        layers: int,
+        recipe: Recipe,
+        outputs: int = 0,
+        init: Init = "normal",
     ):
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.hidden = nn.Sequential(*(Dense(i, o) for i, o in pairwise(sizes)))
-        self.out = Linear(sizes[-1], outputs, init=init) if outputs else nn.Identity()
+        self.hidden = nn.Sequential(*(Dense(i, o, recipe) for i, o in pairwise(sizes)))
+        self.out = Linear(sizes[-1], outputs, recipe, init=init) if outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.hidden(x))
 
 
 class ConvBlock(nn.Module):
-    """4x4 convolution of stride 2 (or its transpose), then channel norm and SiLU unless last.
+    """Convolution that halves or (``up``) doubles the size, then channel norm and SiLU.
 
-    (N, C, H, W) -> (N, C', H/2, W/2), or (N, C', 2H, 2W) if ``up``; channels-last in memory.
+    (N, C, H, W) -> (N, C', H/2, W/2) or (N, C', 2H, 2W), channels-last in memory. "stride" is one
+    4x4 convolution of stride 2 or its transpose; "pool" a 5x5 one, then 2x2 max pooling, or
+    nearest upsampling before it. The last one has a bias and neither norm nor activation.
     """
 
-    def __init__(self, inputs: int, outputs: int, up: bool = False, last: bool = False):
+    def __init__(
+        self, inputs: int, outputs: int, recipe: Recipe, up: bool = False, last: bool = False
+    ):
         super().__init__()
-        make = nn.ConvTranspose2d if up else nn.Conv2d
-        self.conv = make(inputs, outputs, 4, stride=2, padding=1, bias=last)
-        initialise(self.conv.weight.data, (inputs + outputs) / 2 * 16)
+        self.conv: nn.Conv2d | nn.ConvTranspose2d
+        self.pool, self.up = recipe.conv == "pool", up
+        bias = last or recipe.norm == "rms"
+        if self.pool:
+            self.conv = nn.Conv2d(inputs, outputs, 5, padding=2, bias=bias)
+        else:
+            make = nn.ConvTranspose2d if up else nn.Conv2d
+            self.conv = make(inputs, outputs, 4, stride=2, padding=1, bias=bias)
+        area = math.prod(self.conv.kernel_size)
+        initialise(self.conv.weight.data, inputs * area, outputs * area, recipe)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
-        self.norm = None if last else LayerNorm(outputs)
+        self.norm = None if last else make_norm(outputs, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pool and self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = self.conv(x)
+        if self.pool and not self.up:
+            x = F.max_pool2d(x, 2)
         if self.norm is None:
             return x
         return F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -112,8 +160,7 @@ class ConvBlock(nn.Module):
 def split_keys(obs_space: Mapping[str, Box]) -> tuple[list[str], list[str]]:
     """Sorted names of the image (rank 3) and of the vector (rank 1) observations.
 
-    Raises ValueError for any other rank, and for images that are not square, of different sizes,
-    or whose size is not 4 times a power of two from 16 on.
+    Raises ValueError for any other rank, and for images of different sizes.
     """
     images = sorted(k for k, s in obs_space.items() if len(s.shape) == 3)
     vectors = sorted(k for k, s in obs_space.items() if len(s.shape) == 1)
@@ -123,81 +170,146 @@ def split_keys(obs_space: Mapping[str, Box]) -> tuple[list[str], list[str]]:
             f"observations must be (H, W, C) or (D,): {sorted(other) or 'there are none'}"
         )
     sizes = {obs_space[k].shape[:2] for k in images}
-    for height, width in sizes:
-        stages = math.log2(height / 4)
-        if len(sizes) > 1 or height != width or stages < 2 or stages % 1:
-            raise ValueError(
-                f"images must share one square size of 16, 32, 64 or 128 pixels: {sorted(sizes)}"
-            )
+    if len(sizes) > 1:
+        raise ValueError(f"images must share one size, not {sorted(sizes)}")
     return images, vectors
 
 
-def _stages(obs_space: Mapping[str, Box], images: Sequence[str]) -> int:
-    return int(math.log2(obs_space[images[0]].shape[0] / 4)) if images else 0
+def image_stages(size: Sequence[int], recipe: Recipe, mults: Sequence[int]) -> tuple[int, int]:
+    """Number of convolutions and the side of the smallest map, for square images.
+
+    "stride" halves down to 4 pixels; "pool" halves once for each of ``mults``.
+    Raises ValueError for sizes that do not fit.
+    """
+    height, width = size
+    if recipe.conv == "stride":
+        stages = round(math.log2(height / 4)) if height >= 16 else 0
+        valid = stages >= 2 and height == width == 4 * 2**stages
+        rule = "16, 32, 64 or 128 pixels"
+    else:
+        stages = len(mults)
+        valid = height == width and height % 2**stages == 0 and 16 <= height <= 128
+        rule = f"multiples of {2**stages} pixels from 16 to 128"
+    if not valid:
+        raise ValueError(f"images must be square with a side of {rule}, not {height} x {width}")
+    return stages, height >> stages
 
 
 class Encoder(nn.Module):
-    """Observations {key: (..., shape)} -> embedding (..., E): image features (C, H, W), vectors."""
+    """Observations {key: (..., shape)} -> embedding (..., E)."""
 
-    def __init__(self, obs_space: Mapping[str, Box], depth: int, units: int, layers: int):
+    def __init__(self, obs_space: Mapping[str, Box], model: ModelConfig, recipe: Recipe):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
-        self.outputs = 0
+        self.recipe, self.outputs = recipe, 0
         if self.images:
+            size = obs_space[self.images[0]].shape[:2]
+            stages, side = image_stages(size, recipe, model.cnn_mults)
             channels = sum(obs_space[k].shape[2] for k in self.images)
-            sizes = [channels] + [depth * 2**i for i in range(_stages(obs_space, self.images))]
-            self.cnn = nn.Sequential(*(ConvBlock(i, o) for i, o in pairwise(sizes)))
-            self.outputs += 16 * sizes[-1]
+            sizes = [channels, *model.channels(stages)]
+            self.cnn = nn.Sequential(*(ConvBlock(i, o, recipe) for i, o in pairwise(sizes)))
+            self.outputs += side * side * sizes[-1]
         if self.vectors:
-            self.mlp = MLP(sum(obs_space[k].shape[0] for k in self.vectors), units, layers)
-            self.outputs += units
+            inputs = sum(obs_space[k].shape[0] for k in self.vectors)
+            self.mlp = MLP(inputs, model.units, model.layers, recipe)
+            self.outputs += model.units
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         parts, dtype = [], next(self.parameters()).dtype
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1)  # (..., H, W, C)
             lead = x.shape[:-3]
-            x = x.flatten(0, -4).to(dtype) / 255 - 0.5
-            parts.append(self.cnn(x.permute(0, 3, 1, 2)).reshape(*lead, -1))
+            x = self.cnn((x.flatten(0, -4).to(dtype) / 255 - 0.5).permute(0, 3, 1, 2))
+            if self.recipe.conv == "pool":
+                x = x.permute(0, 2, 3, 1)
+            parts.append(x.reshape(*lead, -1))
         if self.vectors:
             x = torch.cat([symlog(obs[k].to(dtype)) for k in self.vectors], -1)
             parts.append(self.mlp(x))
-        return torch.cat(parts, -1)
+        return torch.cat(parts[::-1] if self.recipe.vectors_first else parts, -1)
+
+
+class LinearStem(nn.Module):
+    """First map of the decoder from one Linear of [stoch, deter]: -> (..., C, side, side)."""
+
+    def __init__(self, deter: int, stoch: int, channels: int, side: int, recipe: Recipe):
+        super().__init__()
+        self.shape = (channels, side, side)
+        self.linear = Linear(stoch + deter, math.prod(self.shape), recipe, init="uniform")
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        return self.linear(torch.cat([stoch, deter], -1)).unflatten(-1, self.shape)
+
+
+class BlockStem(nn.Module):
+    """First map of the decoder from block-linear deter plus an MLP of stoch, norm and SiLU."""
+
+    def __init__(
+        self, deter: int, stoch: int, channels: int, side: int, model: ModelConfig, recipe: Recipe
+    ):
+        super().__init__()
+        self.shape, self.blocks = (side, side, channels), model.blocks
+        size = math.prod(self.shape)
+        self.deter = BlockLinear(deter, size, model.blocks, recipe)
+        self.hidden = Dense(stoch, 2 * model.units, recipe)
+        self.stoch = Linear(2 * model.units, size, recipe)
+        self.norm = make_norm(channels, recipe)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        side, _, channels = self.shape
+        x = self.deter(deter).unflatten(-1, (self.blocks, side, side, channels // self.blocks))
+        x = x.movedim(-4, -2).flatten(-2)  # (..., side, side, C): channel = block, then its own
+        x = x + self.stoch(self.hidden(stoch)).unflatten(-1, self.shape)
+        return F.silu(self.norm(x)).movedim(-1, -3)
 
 
 class Decoder(nn.Module):
-    """Features (..., F) -> images (..., H, W, C) of x/255 - 0.5 and symlog vectors (..., D)."""
+    """Latent state -> images (..., H, W, C) of x/255 - shift, vectors (..., D) in symlog space."""
 
     def __init__(
-        self, feat: int, obs_space: Mapping[str, Box], depth: int, units: int, layers: int
+        self,
+        deter: int,
+        stoch: int,
+        obs_space: Mapping[str, Box],
+        model: ModelConfig,
+        recipe: Recipe,
     ):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
+        self.recipe = recipe
         if self.images:
             self.channels = [obs_space[k].shape[2] for k in self.images]
-            stages = _stages(obs_space, self.images)
-            sizes = [depth * 2**i for i in reversed(range(stages))] + [sum(self.channels)]
-            self.linear = Linear(feat, 16 * sizes[0], init="uniform")
+            size = obs_space[self.images[0]].shape[:2]
+            stages, side = image_stages(size, recipe, model.cnn_mults)
+            sizes = [*reversed(model.channels(stages)), sum(self.channels)]
+            self.stem: BlockStem | LinearStem
+            if recipe.conv == "pool":
+                self.stem = BlockStem(deter, stoch, sizes[0], side, model, recipe)
+            else:
+                self.stem = LinearStem(deter, stoch, sizes[0], side, recipe)
+            blocks = enumerate(pairwise(sizes))
             self.cnn = nn.Sequential(
-                *(
-                    ConvBlock(i, o, up=True, last=n == stages - 1)
-                    for n, (i, o) in enumerate(pairwise(sizes))
-                )
+                *(ConvBlock(i, o, recipe, up=True, last=n == stages - 1) for n, (i, o) in blocks)
             )
         if self.vectors:
-            self.mlp = MLP(feat, units, layers)
-            self.heads = nn.ModuleDict(
-                {k: Linear(units, obs_space[k].shape[0], init="uniform") for k in self.vectors}
-            )
+            self.mlp = MLP(stoch + deter, model.units, model.layers, recipe)
+            heads = {
+                k: Linear(model.units, obs_space[k].shape[0], recipe, init=output_init(recipe))
+                for k in self.vectors
+            }
+            self.heads = nn.ModuleDict(heads)
 
-    def forward(self, feat: Tensor) -> dict[str, Tensor]:
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        """Args: deter (..., D), stoch (..., S K)."""
         recon: dict[str, Tensor] = {}
         if self.images:
-            x = self.linear(feat).reshape(-1, self.linear.out_features // 16, 4, 4)
+            x = self.stem(deter, stoch).flatten(0, -4)
             x = self.cnn(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-            parts = x.unflatten(0, feat.shape[:-1]).split(self.channels, -1)
+            if self.recipe.conv == "pool":
+                x = torch.sigmoid(x)
+            parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))
         if self.vectors:
-            x = self.mlp(feat)
+            x = self.mlp(torch.cat([stoch, deter], -1))
             recon.update((k, self.heads[k](x)) for k in self.vectors)
         return recon

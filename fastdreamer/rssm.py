@@ -5,15 +5,19 @@ Legend: B batch, T time, N = B T, H horizon, D deter, S stoch, K classes, A acti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.ops import Ops
-from fastdreamer.nets import Dense, LayerNorm, Linear
+from fastdreamer.nets import BlockLinear, Dense, Linear, make_norm, output_init
+from fastdreamer.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,15 @@ class State:
     deter: Tensor
     stoch: Tensor
 
-    @property
-    def feat(self) -> Tensor:
-        """(..., S K + D) input of every head: stoch first, then deter."""
-        return torch.cat([self.stoch.flatten(-2), self.deter], -1)
-
     def flatten(self) -> State:
         """(B, T, ...) -> (B T, ...), cut from the gradient: the starts of imagination."""
         return State(self.deter.detach().flatten(0, 1), self.stoch.detach().flatten(0, 1))
+
+    @staticmethod
+    def stack(states: Sequence[State]) -> State:
+        """T states (B, ...) -> (B, T, ...)."""
+        deter = torch.stack([s.deter for s in states], 1)
+        return State(deter, torch.stack([s.stoch for s in states], 1))
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,14 @@ class ImagineNoise:
     action: Tensor
 
 
-class Cell(nn.Module):
+class GRUCell(nn.Module):
     """Input block and LayerNorm-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, inputs: int, deter: int, hidden: int, ops: Ops):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.input = Dense(inputs, hidden)
-        self.gates = Linear(deter + hidden, 3 * deter, bias=False)
-        self.norm = LayerNorm(3 * deter)
+        self.input = Dense(stoch + action, model.hidden, recipe)
+        self.gates = Linear(model.deter + model.hidden, 3 * model.deter, recipe, bias=False)
+        self.norm = make_norm(3 * model.deter, recipe)
         self.ops = ops
 
     def forward(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
@@ -66,19 +71,54 @@ class Cell(nn.Module):
         return self.ops.gru_step(deter, x, self.gates.weight, norm.weight, norm.bias, norm.eps)
 
 
-class LatentHead(nn.Module):
-    """Hidden block and output layer: (..., I) -> unimixed log-probabilities (..., S, K)."""
+class BlockGRUCell(nn.Module):
+    """Three input blocks and block-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, inputs: int, hidden: int, stoch: int, classes: int, mix: float, ops: Ops):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.hidden = Dense(inputs, hidden)
-        self.out = Linear(hidden, stoch * classes, init="uniform")
-        self.shape, self.mix, self.ops = (stoch, classes), mix, ops
+        self.input = nn.ModuleDict(
+            {
+                "deter": Dense(model.deter, model.hidden, recipe),
+                "stoch": Dense(stoch, model.hidden, recipe),
+                "action": Dense(action, model.hidden, recipe),
+            }
+        )
+        wide = model.deter + model.blocks * 3 * model.hidden
+        self.hidden = BlockLinear(wide, model.deter, model.blocks, recipe)
+        self.norm = make_norm(model.deter, recipe)
+        self.gates = BlockLinear(model.deter, 3 * model.deter, model.blocks, recipe)
+        self.ops = ops
+
+    def forward(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
+        action = action / action.detach().abs().clamp(min=1)
+        inputs = {"deter": deter, "stoch": stoch, "action": action}
+        x = torch.cat([self.input[k](v) for k, v in inputs.items()], -1)
+        hidden, gates = self.hidden, self.gates
+        weights = (hidden.weight, hidden.bias, self.norm.weight, gates.weight, gates.bias)
+        return self.ops.block_gru_step(deter, x, *weights, self.norm.eps)
+
+
+class LatentHead(nn.Module):
+    """Hidden blocks and output layer: (..., I) -> unimixed log-probabilities (..., S, K)."""
+
+    def __init__(self, inputs: int, layers: int, model: ModelConfig, recipe: Recipe, ops: Ops):
+        super().__init__()
+        sizes = [inputs] + [model.hidden] * layers
+        self.hidden = nn.Sequential(*(Dense(i, o, recipe) for i, o in pairwise(sizes)))
+        outputs = model.stoch * model.classes
+        self.out = Linear(model.hidden, outputs, recipe, init=output_init(recipe))
+        self.shape, self.mix, self.ops = (model.stoch, model.classes), model.unimix, ops
+
+    @property
+    def first(self) -> Dense:
+        """The first hidden block."""
+        return cast(Dense, self.hidden[0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logp(self.hidden(x))
 
     def logp(self, x: Tensor) -> Tensor:
+        """From the activations of the last hidden block."""
         return self.ops.unimix(self.out(x).unflatten(-1, self.shape), self.mix)
 
 
@@ -88,30 +128,32 @@ class RSSM(nn.Module):
     Noise is standard Gumbel of the shape of the latents; zeros draw the mode.
     """
 
-    def __init__(
-        self,
-        embed: int,
-        action: int,
-        *,
-        deter: int,
-        hidden: int,
-        stoch: int,
-        classes: int,
-        unimix: float,
-        ops: Ops,
-    ):
+    def __init__(self, embed: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.latent = (stoch, classes)
-        self.deter = deter
-        self.feat = stoch * classes + deter
-        self.initial_deter = nn.Parameter(torch.zeros(deter))
-        self.cell = Cell(stoch * classes + action, deter, hidden, ops)
-        self.prior = LatentHead(deter, hidden, stoch, classes, unimix, ops)
-        self.posterior = LatentHead(deter + embed, hidden, stoch, classes, unimix, ops)
-        self.ops = ops
+        self.latent = (model.stoch, model.classes)
+        self.deter, self.stoch = model.deter, model.stoch * model.classes
+        self.feat = self.deter + self.stoch
+        self.recipe, self.ops = recipe, ops
+        if recipe.learned_initial:
+            self.initial_deter = nn.Parameter(torch.zeros(model.deter))
+        cell = GRUCell if recipe.cell == "gru" else BlockGRUCell
+        self.cell = cell(self.stoch, action, model, recipe, ops)
+        self.prior = LatentHead(self.deter, recipe.prior_layers, model, recipe, ops)
+        self.posterior = LatentHead(self.deter + embed, 1, model, recipe, ops)
+
+    def features(self, state: State) -> Tensor:
+        """(..., D + S K) input of the heads, in the recipe's order."""
+        parts = (state.deter, state.stoch.flatten(-2))
+        return torch.cat(parts if self.recipe.deter_first else parts[::-1], -1)
 
     def initial(self) -> State:
-        """The learned start: deter (D,) = tanh of a parameter, stoch (S, K) its prior's mode."""
+        """Where episodes start, deter (D,), stoch (S, K): zeros, or the learned start.
+
+        The learned one is deter = tanh of a parameter and the mode of its prior.
+        """
+        if not self.recipe.learned_initial:
+            weight = self.posterior.out.weight
+            return State(weight.new_zeros(self.deter), weight.new_zeros(self.latent))
         deter = torch.tanh(self.initial_deter)
         logp = self.prior(deter).detach()
         return State(deter, self.ops.sample(logp, torch.zeros_like(logp)))
@@ -121,9 +163,9 @@ class RSSM(nn.Module):
 
         The embedding's share of the posterior's first product is one product for all steps.
         """
-        weight = self.posterior.hidden.linear.weight
-        by_deter, by_embed = weight.split([self.deter, embed.shape[-1]], 1)
-        return Scan(self.initial(), by_deter, F.linear(embed, by_embed))
+        linear = self.posterior.first.linear
+        by_deter, by_embed = linear.weight.split([self.deter, embed.shape[-1]], 1)
+        return Scan(self.initial(), by_deter, F.linear(embed, by_embed, linear.bias))
 
     def observe_step(
         self,
@@ -150,33 +192,38 @@ class RSSM(nn.Module):
         action = action.masked_fill(first, 0)
         deter = self.cell(stoch.flatten(-2), action, deter)
         x = F.linear(deter, scan.weight) + embedded
-        logp = self.posterior.logp(self.posterior.hidden.activate(x))
+        logp = self.posterior.logp(self.posterior.first.activate(x))
         return State(deter, self.ops.sample(logp, noise)), logp
 
     def observe(
-        self, embed: Tensor, action: Tensor, is_first: Tensor, noise: Tensor
+        self,
+        start: State | None,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        noise: Tensor,
     ) -> tuple[State, Tensor, Tensor]:
         """Posterior scan. ``action[:, t]`` is the one taken *before* observation t.
 
         Args:
-            embed: (B, T, E). action: (B, T, A). is_first: (B, T) bool, true at t = 0.
-            noise: (B, T, S, K).
+            start: state before the first step, (B, ...); the initial one if None.
+            embed: (B, T, E). action: (B, T, A). is_first: (B, T) bool. noise: (B, T, S, K).
 
         Returns:
             States (B, T, ...), posterior and prior log-probabilities (B, T, S, K).
         """
         scan = self.start_scan(embed)
-        rows = embed.shape[0]
-        state = State(scan.initial.deter.expand(rows, -1), scan.initial.stoch.expand(rows, -1, -1))
+        if start is None:
+            rows, initial = embed.shape[0], scan.initial
+            start = State(initial.deter.expand(rows, -1), initial.stoch.expand(rows, -1, -1))
         steps = (x.unbind(1) for x in (action, scan.embedded, is_first, noise))
-        states, logps = [], []
+        state, states, logps = start, [], []
         for act, embedded, first, gumbel in zip(*steps, strict=True):
             state, logp = self.observe_step(state, act, scan, embedded, first, gumbel)
             states.append(state)
             logps.append(logp)
-        deter = torch.stack([s.deter for s in states], 1)
-        stoch = torch.stack([s.stoch for s in states], 1)
-        return State(deter, stoch), torch.stack(logps, 1), self.prior(deter)
+        stacked = State.stack(states)
+        return stacked, torch.stack(logps, 1), self.prior(stacked.deter)
 
     def imagine_step(self, state: State, action: Tensor, noise: Tensor) -> State:
         """One prior step under ``action`` (N, A) with ``noise`` (N, S, K)."""
@@ -196,10 +243,8 @@ class RSSM(nn.Module):
         Returns:
             States (N, H + 1, ...), the start first, and the action taken in each (N, H + 1, A).
         """
-        states, actions = [start], [policy(start.feat, noise.action[:, 0])]
+        states, actions = [start], [policy(self.features(start), noise.action[:, 0])]
         for t in range(noise.stoch.shape[1]):
             states.append(self.imagine_step(states[-1], actions[-1], noise.stoch[:, t]))
-            actions.append(policy(states[-1].feat, noise.action[:, t + 1]))
-        deter = torch.stack([s.deter for s in states], 1)
-        stoch = torch.stack([s.stoch for s in states], 1)
-        return State(deter, stoch), torch.stack(actions, 1)
+            actions.append(policy(self.features(states[-1]), noise.action[:, t + 1]))
+        return State.stack(states), torch.stack(actions, 1)

@@ -7,16 +7,13 @@ while the environments step.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,22 +21,25 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-import fastdreamer
 from fastdreamer import checkpoint, replay
 from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
-from fastdreamer.cli import UsageError
 from fastdreamer.config import Config
 from fastdreamer.envs import make_envs
+from fastdreamer.errors import UsageError
 from fastdreamer.evaluation import Rows, agent_policy, random_policy, run_episodes
 from fastdreamer.host import keep_freed_memory
 from fastdreamer.kernels import resolve
 from fastdreamer.learner import Learner
 from fastdreamer.logger import Logger
+from fastdreamer.plan import check, default_logdir, describe, total_updates, window
+from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Column, Replay
+from fastdreamer.rssm import State
 from fastdreamer.staging import Prefetcher
 
 FLAGS = ("is_first", "is_last", "is_terminal")
@@ -70,7 +70,7 @@ class Trainer:
 
     def __init__(self, config: Config, factory: Callable[[], gymnasium.Env] | None = None):
         check(config)
-        self.config, self.factory = config, factory
+        self.config, self.factory, self.recipe = config, factory, RECIPES[config.recipe]
         self.device = _device(config)
         keep_freed_memory()
         if config.threads:
@@ -98,10 +98,10 @@ class Trainer:
             config.num_envs,
             replay_seed,
             pin_memory=self.device.type == "cuda",
-            window=config.learner.batch_length,
+            window=window(config),
         )
         self.prefetcher = Prefetcher(
-            self.replay, config.learner.batch_size, config.learner.batch_length, self.device
+            self.replay, config.learner.batch_size, window(config), self.device
         )
         self.logdir = config.logdir or default_logdir(config)
         saved = self._find_checkpoint()
@@ -137,7 +137,7 @@ class Trainer:
     def run(self) -> Result:
         """Train to the configured step, save, evaluate. SIGINT and SIGTERM save and exit."""
         if self.step < self.config.steps:
-            print(self.plan(), flush=True)
+            print(describe(self), flush=True)
             handlers = {
                 s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
             }
@@ -154,8 +154,8 @@ class Trainer:
     def _loop(self) -> None:
         rows = self._in_worker(self.envs.reset)
         while self.step < self.config.steps and self._stop is None:
-            action = self._act(rows)
-            self.replay.add(self._row(rows, action))
+            action, stored = self._act(rows)
+            self.replay.add(rows | stored)
             self.step += self.config.num_envs
             due = self.due()
             if due:
@@ -173,33 +173,57 @@ class Trainer:
             print(f"stopped at step {self.step:,}; the same command continues from there")
             raise SystemExit(128 + self._stop)
 
-    def _act(self, rows: Rows) -> np.ndarray:
-        if self.step < self.config.learner.prefill:
-            return self.action_space.sample()
+    def _act(self, rows: Rows) -> tuple[Any, Rows]:
+        """Environment actions, and what the replay stores of this step besides its row."""
+        count = self.config.num_envs
+        if self.step < self.config.learner.prefill and not self.recipe.joint:
+            action = self.action_space.sample()
+            return action, {"action": self.agent.spec.encode(action)}
         obs = {k: torch.from_numpy(rows[k]).to(self.device) for k in self.agent.obs_space}
         first = torch.from_numpy(rows["is_first"]).to(self.device)
         if self.carry is None:  # the policy takes over in the middle of episodes
-            self.carry = self.agent.initial_carry(self.config.num_envs)
+            self.carry = self.agent.initial_carry(count)
             first = torch.ones_like(first)
-        noise = self.agent.act_noise(self.config.num_envs, self.generator)
-        action, self.carry = self.agent.act(obs, first, self.carry, noise)
-        return action.cpu().numpy()
+        noise = self.agent.act_noise(count, self.generator)
+        self.carry = self.agent.act(obs, first, self.carry, noise)
+        stored = {"action": self.carry.action.cpu().numpy()}
+        if self.recipe.joint:
+            state = self.carry.state
+            stored["deter"] = state.deter.cpu().numpy()
+            stored["stoch"] = state.stoch.argmax(-1).to(torch.uint8).cpu().numpy()
+        return self.agent.spec.decode(stored["action"]), stored
 
     def due(self) -> int:
         """Updates that the train ratio owes at the current step."""
-        learner = self.config.learner
-        owed = math.floor(learner.replay_ratio * (self.step - learner.prefill) + 1e-9)
-        return max(0, owed - self.learner.updates)
+        return max(0, total_updates(self.config, self.step) - self.learner.updates)
 
     def _learn(self, due: int) -> None:
         for left in reversed(range(due)):
             batch = self.prefetcher.get()
-            if left:
+            if left and not self.recipe.joint:
                 self.prefetcher.request()
-            for name, value in self.learner.update(batch).items():
+            metrics, states = self.learner.update(self.unpack(batch))
+            if self.recipe.joint:
+                self._write_back(batch["step_id"][:, 1:], states)
+                if left:  # the next batch sees the latents of this one
+                    self.prefetcher.request()
+            for name, value in metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0) + value
             if self.learner.updates % self.config.log.every == 0:
                 self._log()
+
+    def unpack(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as the learner takes it: stored classes of the latents become one-hot."""
+        batch = dict(batch)
+        if self.recipe.joint:
+            stoch = F.one_hot(batch["stoch"].long(), self.config.model.classes)
+            batch["stoch"] = stoch.to(self.agent.dtype)
+        return batch
+
+    def _write_back(self, step_ids: Tensor, states: State) -> None:
+        self.replay.write("deter", step_ids, states.deter.detach().cpu())
+        stoch = states.stoch.detach().argmax(-1).to(torch.uint8)
+        self.replay.write("stoch", step_ids, stoch.cpu())
 
     def _log(self) -> None:
         """Means of the losses since the last line, with one transfer from the device."""
@@ -230,24 +254,25 @@ class Trainer:
             raise UsageError(str(error)) from None
         torch.manual_seed(init_seed)
         try:
-            agent = Agent(self.envs.obs_space.spaces, self.envs.act_space, self.config.model, ops)
+            spaces = (self.envs.obs_space.spaces, self.envs.act_space)
+            agent = Agent(*spaces, self.config.model, self.recipe, ops)
         except ValueError as error:
             raise UsageError(f"task {self.config.task}: {error}") from None
         agent.to(self.device)
-        return agent, Learner(agent, self.config.learner, learner_seed)
+        return agent, Learner.make(agent, self.config.learner, learner_seed)
 
     def _columns(self) -> dict[str, Column]:
         columns = {
             k: Column(space.shape, _torch_dtype(space.dtype))
             for k, space in self.envs.obs_space.spaces.items()
         }
-        space = self.envs.act_space
-        columns["action"] = Column(space.shape or (), _torch_dtype(space.dtype))
+        columns["action"] = Column((self.agent.spec.size,), torch.float32)
         columns["reward"] = Column((), torch.float32)
+        if self.recipe.joint:
+            model = self.config.model
+            columns["deter"] = Column((model.deter,), torch.float32, mutable=True)
+            columns["stoch"] = Column((model.stoch,), torch.uint8, mutable=True)
         return columns | {k: Column((), torch.bool) for k in FLAGS}
-
-    def _row(self, rows: Rows, action: np.ndarray) -> Rows:
-        return rows | {"action": np.asarray(action, self.envs.act_space.dtype)}
 
     def _capacity(self) -> int:
         needed = -(-self.config.steps // self.config.num_envs) * self.config.num_envs
@@ -255,74 +280,6 @@ class Trainer:
 
     def _in_worker(self, task: Callable[[], Any]) -> Any:
         return self.worker.submit(task).result()
-
-    # What it says at the start
-
-    def plan(self) -> str:
-        """What the run will do and, from a short measurement, how long it will take."""
-        config, learner = self.config, self.config.learner
-        size = sum(p.numel() for p in self.agent.parameters() if p.requires_grad)
-        steps, updates = config.steps - self.step, self._updates_left()
-        frames = f" of {config.env.action_repeat} frames" if self._is_atari() else ""
-        lines = [
-            f"fastdreamer {fastdreamer.__version__}: {config.task}, {steps:,} steps{frames}"
-            + (f" from step {self.step:,} on" if self.step else "")
-            + f", {config.num_envs} environment(s), seed {config.seed}",
-            f"recipe {config.recipe}, size {config.size} ({size / 1e6:.1f} M parameters), "
-            f"{updates:,} updates of {learner.batch_size} x {learner.batch_length} "
-            f"(replay ratio {learner.replay_ratio:g} after {learner.prefill:,} random steps)",
-            f"device {self.device} ({self._device_name()}), kernels {self.agent.ops.backend}, "
-            f"log directory {self.logdir}",
-        ]
-        update, act = self._measure()
-        seconds = update * updates + act * steps
-        lines.append(
-            f"measured {update:.3g} s an update, {act * 1e3:.2g} ms a policy step: "
-            f"about {timedelta(seconds=round(seconds))} besides the environment's own time"
-        )
-        if seconds > 24 * 3600:
-            lines.append(
-                "that is long for this device: --preset demo takes minutes; "
-                "--size xs or --size debug and fewer --steps are quicker"
-            )
-        return "\n".join(lines)
-
-    def _updates_left(self) -> int:
-        learner = self.config.learner
-        total = math.floor(learner.replay_ratio * (self.config.steps - learner.prefill) + 1e-9)
-        return max(0, total - self.learner.updates)
-
-    def _measure(self) -> tuple[float, float]:
-        """Seconds of one update and of one policy step, on a copy of the agent."""
-        agent = copy.deepcopy(self.agent)
-        learner, config = Learner(agent, self.config.learner), self.config.learner
-        batch = self.replay.allocate(config.batch_size, config.batch_length)
-        batch = {k: torch.zeros_like(v, device=self.device) for k, v in batch.items()}
-        rows = self.config.num_envs
-        obs = {k: batch[k].flatten(0, 1)[:rows] for k in agent.obs_space}
-        if len(next(iter(obs.values()))) < rows:
-            obs = {k: v[:1].expand(rows, *v.shape[1:]) for k, v in obs.items()}
-        first = torch.ones(rows, dtype=torch.bool, device=self.device)
-        noise = agent.act_noise(rows, learner.generator)
-        carry = agent.initial_carry(rows)
-        act = self._time(lambda: agent.act(obs, first, carry, noise))
-        return self._time(lambda: learner.update(batch)), act
-
-    def _time(self, task: Callable[[], Any]) -> float:
-        for _ in range(2):  # the first one warms up
-            start = time.perf_counter()
-            task()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
-
-    def _is_atari(self) -> bool:
-        return ":" not in self.config.task or self.config.task.startswith("atari:")
-
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{torch.get_num_threads()} threads"
 
     # Saving and resuming
 
@@ -426,57 +383,9 @@ class Trainer:
         return result
 
 
-def check(config: Config) -> None:
-    """Refuse values that cannot work, naming the option and what is valid.
-
-    Raises:
-        UsageError: in one line.
-    """
-    learner = config.learner
-    positive = {
-        "--steps": config.steps,
-        "--num-envs": config.num_envs,
-        "--capacity": config.capacity,
-        "--learner.batch-size": learner.batch_size,
-        "--learner.batch-length": learner.batch_length,
-        "--learner.horizon": learner.horizon,
-        "--log.every": config.log.every,
-        **{
-            f"--model.{k.replace('_', '-')}": v
-            for k, v in vars(config.model).items()
-            if k != "unimix"
-        },
-    }
-    for option, value in positive.items():
-        if value < 1:
-            raise UsageError(f"{option} must be at least 1, got {value}")
-    if learner.replay_ratio < 0:
-        raise UsageError(f"--learner.replay-ratio must not be negative, got {learner.replay_ratio}")
-    if config.model.bins % 2 == 0:
-        raise UsageError(f"--model.bins must be odd, got {config.model.bins}")
-    try:
-        config.save_interval  # noqa: B018
-    except ValueError:
-        raise UsageError(
-            f"--checkpoint-every {config.checkpoint_every}: give steps (5000) or minutes (30m)"
-        ) from None
-    window = learner.batch_length * config.num_envs
-    if learner.replay_ratio and learner.prefill < window:
-        raise UsageError(
-            f"--learner.prefill must be at least batch length x environments = {window}, "
-            f"got {learner.prefill}"
-        )
-
-
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as plain values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def default_logdir(config: Config) -> Path:
-    """runs/<preset>-<task>-<size>-seed<seed>."""
-    task = config.task.replace(":", "-").replace("/", "-")
-    return Path("runs") / f"{config.preset}-{task}-{config.size}-seed{config.seed}"
 
 
 def _device(config: Config) -> torch.device:

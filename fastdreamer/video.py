@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdreamer.cli import UsageError
+from fastdreamer.errors import UsageError
 
 FORMATS = (".mp4", ".gif")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import library, unimix
-from .gru_step import gru_step
+from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
 from .twohot import twohot_loss, twohot_mean
 
@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": torch.ops.fastdreamer.lambda_return.default,
     },
     "gru_step": {"reference": gru_step},
+    "block_gru_step": {"reference": block_gru_step},
     "unimix": {"reference": unimix.unimix},
     "entropy": {"reference": unimix.entropy},
     "kl": {"reference": unimix.kl},
@@ -50,7 +51,9 @@ class Ops:
     lambda_return: Callable[..., Tensor]
     """See `fastdreamer.kernels.lambda_return`."""
     gru_step: Callable[..., Tensor]
-    """See `fastdreamer.kernels.gru_step`."""
+    """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
+    block_gru_step: Callable[..., Tensor]
+    """Block-GRU step; see `fastdreamer.kernels.gru_step`."""
     unimix: Callable[..., Tensor]
     """Unimixed log-probabilities; see `fastdreamer.kernels.unimix`."""
     entropy: Callable[..., Tensor]

@@ -18,7 +18,8 @@ from fastdreamer.agent import Agent
 from fastdreamer.compat.sheeprl_params import sheeprl_names
 from fastdreamer.config import LearnerConfig, ModelConfig
 from fastdreamer.kernels import Ops
-from fastdreamer.learner import Learner, UpdateNoise
+from fastdreamer.learner import SeparateLearner, UpdateNoise
+from fastdreamer.recipe import RECIPES
 from fastdreamer.rssm import ImagineNoise
 
 NOT_OBSERVED = {"actions", "rewards", "terminated", "is_first"}
@@ -44,6 +45,8 @@ class Arrays:
 
 class Golden2023:
     """One set, read in float32 or float64."""
+
+    recipe = RECIPES["2023"]
 
     def __init__(self, folder: Path, dtype: torch.dtype, ops: Ops):
         self.folder, self.dtype, self.ops = folder, dtype, ops
@@ -78,6 +81,7 @@ class Golden2023:
             classes=c["discrete_size"],
             units=c["dense_units"],
             layers=c["mlp_layers"],
+            head_layers=c["mlp_layers"],
             cnn_depth=c["cnn_channels_multiplier"],
             bins=c["bins"],
             unimix=c["unimix"],
@@ -110,7 +114,7 @@ class Golden2023:
     def agent(self) -> Agent:
         """An agent with the set's parameters."""
         space = Discrete(self.config["actions"])
-        agent = Agent(self.obs_space, space, self.model(), self.ops).to(self.dtype)
+        agent = Agent(self.obs_space, space, self.model(), self.recipe, self.ops).to(self.dtype)
         for name, parameter in self.trained(agent).items():
             parameter.data.copy_(self.params[self.names(agent)[name]])
         agent.target_critic.load_state_dict(agent.critic.state_dict())
@@ -125,8 +129,8 @@ class Golden2023:
         """{our parameter: theirs}."""
         return sheeprl_names(k for k, _ in agent.named_parameters())
 
-    def learner(self) -> Learner:
-        learner = Learner(self.agent(), self.learner_config())
+    def learner(self) -> SeparateLearner:
+        learner = SeparateLearner(self.agent(), self.learner_config())
         learner.scale.to(self.dtype)
         return learner
 

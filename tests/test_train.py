@@ -19,13 +19,17 @@ from gymnasium import spaces
 
 import fastdreamer
 from fastdreamer import checkpoint
-from fastdreamer.cli import UsageError, parse_config
+from fastdreamer.cli import parse_config
+from fastdreamer.errors import UsageError
 from fastdreamer.trainer import Trainer
 
 # 8 x 8 windows of 16 x 16 pictures, an update every other step after 64.
-TINY = """--preset demo --size debug --env.image-size 16 --num-envs 2 --learner.batch-size 8
- --learner.batch-length 8 --learner.horizon 5 --learner.prefill 64 --learner.replay-ratio 0.5
- --log.every 1 --log.no-progress --log.no-tensorboard --eval-episodes 0""".split()
+TINY = [
+    *("--preset", "demo", "--size", "debug", "--env.image-size", "16", "--num-envs", "2"),
+    *("--learner.batch-size", "8", "--learner.batch-length", "8", "--learner.horizon", "5"),
+    *("--learner.prefill", "64", "--learner.replay-ratio", "0.5", "--eval-episodes", "0"),
+    *("--log.every", "1", "--log.no-progress", "--log.no-tensorboard"),
+]
 
 
 def tiny(logdir: Path, *args: str) -> list[str]:
@@ -151,9 +155,9 @@ def test_other_networks_are_refused(tmp_path):
 def test_capacity_below_the_run(tmp_path):
     trainer = run(tmp_path, "--steps", "160", "--capacity", "64")
     assert len(trainer.replay) == 64
+    config = parse_config(tiny(tmp_path / "x", "--learner.prefill", "8"))
     with pytest.raises(UsageError, match="prefill"):
-        parse = parse_config(tiny(tmp_path / "x", "--learner.prefill", "8"))
-        Trainer(parse)
+        Trainer(config)
 
 
 def start(logdir: Path, *args: str) -> subprocess.Popen:

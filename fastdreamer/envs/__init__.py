@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gymnasium
 
-from fastdreamer.envs.base import EnvOptions, TaskError, VectorEnv, nearest
+from fastdreamer.envs.base import FORMS, EnvOptions, TaskError, VectorEnv, nearest
 from fastdreamer.envs.gym import Factory, GymEnv, factory_by_id
+from fastdreamer.envs.minerl import minerl_factory
+from fastdreamer.envs.own import factory_by_path, is_import_path, module_exists
 from fastdreamer.envs.pool import PoolEnv, atari_games, find_atari, import_envpool
 
-__all__ = ["EnvOptions", "TaskError", "VectorEnv", "make_envs"]
+__all__ = ["EnvOptions", "TaskError", "VectorEnv", "find_factory", "make_envs"]
 
-_FORMS = "an Atari game (ms_pacman, atari:ms_pacman), envpool:ID or gymnasium:ID"
+PREFIXES = ("atari", "envpool", "gymnasium", "minerl")
 
 
 def make_envs(
@@ -20,7 +22,8 @@ def make_envs(
 
     Args:
       task: an Atari game by any spelling (`ms_pacman`, `MsPacman-v5`, `atari:ms_pacman`),
-        `envpool:ID`, `gymnasium:ID`, or a function that makes one `gymnasium.Env`.
+        `envpool:ID`, `gymnasium:ID`, `minerl:navigate`, `my.module:make_env` (a function or class
+        that makes one `gymnasium.Env`, importable from the current directory), or such a function.
       num_envs: number of environments, N, at least 1.
       seed: environment i is seeded with seed + i, once.
       options: see `EnvOptions`; its defaults where None.
@@ -32,11 +35,11 @@ def make_envs(
     if num_envs < 1:
         raise TaskError(f"the number of environments must be at least 1, got {num_envs}")
     options = options or EnvOptions()
-    if callable(task):
-        return GymEnv(task, num_envs, seed, options)
+    factory = find_factory(task)
+    if factory is not None:
+        return GymEnv(factory, num_envs, seed, options)
+    assert isinstance(task, str)
     prefix, colon, name = task.partition(":")
-    if colon and prefix == "gymnasium":
-        return GymEnv(factory_by_id(name), num_envs, seed, options)
     if colon and prefix == "envpool":
         return PoolEnv(name, num_envs, seed, options)
     found = find_atari(name if prefix == "atari" else task)
@@ -45,10 +48,34 @@ def make_envs(
     return PoolEnv(found, num_envs, seed, options)
 
 
+def find_factory(task: str | Factory) -> Factory | None:
+    """What makes one `gymnasium.Env` of the task; None for a task of envpool.
+
+    Raises:
+      TaskError: as `make_envs`, for tasks that are not envpool's.
+    """
+    if callable(task):
+        return task
+    prefix, colon, name = task.partition(":")
+    if prefix == "gymnasium" and name:
+        return factory_by_id(name)
+    if colon and prefix == "minerl":
+        return minerl_factory(name)
+    if prefix in PREFIXES or not is_import_path(task):
+        return None
+    if not module_exists(task) and nearest(prefix, PREFIXES, 1):
+        raise TaskError(_unknown(task))  # a misspelt prefix, more likely than a module
+    return factory_by_path(task)
+
+
 def _unknown(task: str) -> str:
+    prefix, colon, name = task.partition(":")
     valid = list(atari_games())
-    if not task.startswith("atari:"):
+    if prefix != "atari":
         valid += [f"envpool:{name}" for name in import_envpool(task).list_all_envs()]
         valid += [f"gymnasium:{name}" for name in gymnasium.registry]
-    hint = ", ".join(nearest(task, valid)) or "none"
-    return f"unknown task '{task}'; nearest: {hint}; a task is {_FORMS}"
+    near = nearest(task, valid)
+    if colon and prefix not in PREFIXES:
+        near += [f"{p}:{name}" for p in nearest(prefix, PREFIXES, 1) if f"{p}:{name}" not in near]
+    hint = ", ".join(near) or "none"
+    return f"unknown task '{task}'; nearest: {hint}; a task is {FORMS}"

@@ -26,6 +26,12 @@ import numpy as np
 
 from fastdreamer.errors import UserError
 
+FORMS = (
+    "an Atari game (ms_pacman, atari:ms_pacman), envpool:ID, gymnasium:ID, minerl:navigate or"
+    " my.module:make_env"
+)
+"""What a task's name may be, for messages."""
+
 
 class TaskError(UserError):
     """An environment cannot be made from what the user asked for."""
@@ -33,7 +39,7 @@ class TaskError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class EnvOptions:
-    """How environments are made. Fields marked Atari do nothing for other tasks.
+    """How environments are made. Fields marked Atari or ViZDoom do nothing for other tasks.
 
     Raises:
       TaskError: a value is out of range.
@@ -42,13 +48,14 @@ class EnvOptions:
     image_size: int = 64
     """Height and width in pixels that every image observation is resized to."""
     action_repeat: int = 4
-    """Atari: emulator frames per step; the image is the maximum of the last two of them."""
+    """Atari: emulator frames per step; the image is the maximum of the last two of them. ViZDoom:
+    tics per step."""
     sticky: float = 0.0
     """Atari: probability that the emulator repeats the previous action instead of the given one."""
     noop_max: int = 30
     """Atari: an episode starts after 1 to this many no-op frames, drawn uniformly."""
     max_episode_frames: int = 108_000
-    """Atari: emulator frames after which an episode is truncated."""
+    """Atari: emulator frames after which an episode is truncated. ViZDoom: tics, at most 2100."""
     full_action_space: bool = False
     """Atari: offer all 18 actions instead of those that the game uses."""
     episodic_life: bool = False

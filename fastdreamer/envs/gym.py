@@ -24,7 +24,8 @@ class GymEnv:
       options: see `EnvOptions`; only image_size is used.
 
     Raises:
-      TaskError: the factory makes no Gymnasium environment, or a space is not supported.
+      TaskError: the factory makes no Gymnasium environment, or a space is not supported; later,
+        what `reset` or `step` returned does not fit the API or the space, and what it was.
     """
 
     def __init__(self, factory: Factory, num_envs: int, seed: int, options: EnvOptions) -> None:
@@ -50,7 +51,7 @@ class GymEnv:
         action = check_action(action, self.act_space, self.num_envs)
         first = self._ended
         rows = [
-            self._reset(i) if first[i] else self._envs[i].step(self._native(action, i))[:4]
+            self._reset(i) if first[i] else self._step(i, self._native(action, i))
             for i in range(self.num_envs)
         ]
         return self._stack(rows, first)
@@ -60,9 +61,22 @@ class GymEnv:
             env.close()
 
     def _reset(self, i: int) -> tuple[Any, float, bool, bool]:
-        obs, _ = self._envs[i].reset(seed=self._seeds[i])
+        result = self._envs[i].reset(seed=self._seeds[i])
         self._seeds[i] = None
-        return obs, 0.0, False, False
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+            raise TaskError(f"reset must return (observation, info), got {_shape_of(result)}")
+        return result[0], 0.0, False, False
+
+    def _step(self, i: int, action: Any) -> tuple[Any, float, bool, bool]:
+        result = self._envs[i].step(action)
+        if not isinstance(result, tuple) or len(result) != 5:
+            raise TaskError(
+                "step must return (observation, reward, terminated, truncated, info),"
+                f" got {_shape_of(result)}"
+            )
+        obs, reward, terminated, truncated, _ = result
+        ended = _flag(terminated, "terminated"), _flag(truncated, "truncated")
+        return obs, _reward(reward), *ended
 
     def _native(self, action: Any, i: int) -> Any:
         if isinstance(action, dict):
@@ -84,6 +98,31 @@ class GymEnv:
             "is_last": self._ended.copy(),
             "is_terminal": terminal,
         }
+
+
+def _reward(value: Any) -> float:
+    if type(value) is not float:
+        array = np.asarray(value)
+        if array.shape or array.dtype.kind not in "biuf":
+            raise TaskError(f"the reward must be a single number, got {_shape_of(value)}")
+    if not np.isfinite(value):
+        raise TaskError(f"the reward must be finite, got {value}")
+    return float(value)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if isinstance(value, bool | np.bool_ | int | np.integer):
+        return bool(value)
+    raise TaskError(f"{name} must be a bool, got {_shape_of(value)}")
+
+
+def _shape_of(value: Any) -> str:
+    """What a wrong value is, in a few words."""
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__}"
 
 
 def factory_by_id(task_id: str) -> Factory:

@@ -15,6 +15,7 @@ An observation that is no Dict is named "image" or "vector".
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,46 @@ _SUPPORTED = (
 _Convert = Callable[[np.ndarray], np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One entry of an observation space, and how a batch of it is converted."""
+
+    path: tuple[str, ...]
+    space: Space[Any]
+    convert: _Convert
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path) or "observation"
+
+    def read(self, obs: Any) -> np.ndarray:
+        """This entry of one observation, as an array.
+
+        Raises:
+          TaskError: it is missing, or its shape, kind of number or value does not fit its space.
+        """
+        value = _array(_get(obs, self.path), self.name)
+        if value.shape != self.space.shape:
+            raise TaskError(f"'{self.name}' has shape {value.shape}, but its space says {self._is}")
+        if value.dtype.kind not in "biuf":
+            raise TaskError(f"'{self.name}' is {value.dtype}, but its space says {self._is}")
+        if value.dtype != np.uint8 and self._is_bytes:
+            raise TaskError(f"'{self.name}' is {value.dtype}, but its space says {self._is}")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise TaskError(f"'{self.name}' holds {_odd(value)}")
+        if isinstance(self.space, spaces.Discrete) and not self.space.contains(value[()]):
+            raise TaskError(f"'{self.name}' is {value[()]}, but its space says {self._is}")
+        return value
+
+    @property
+    def _is(self) -> str:
+        return describe(self.space)
+
+    @property
+    def _is_bytes(self) -> bool:
+        return self.space.dtype == np.uint8 and len(self.space.shape or ()) > 1
+
+
 class Observer:
     """Converts batched observations of one space.
 
@@ -44,7 +85,7 @@ class Observer:
     """
 
     def __init__(self, space: Space[Any], image_size: int) -> None:
-        self._leaves: dict[str, tuple[tuple[str, ...], _Convert]] = {}
+        self._leaves: dict[str, _Leaf] = {}
         found: dict[str, spaces.Box] = {}
         for path, leaf in _leaves(space, ()):
             box, convert = _converter("/".join(path) or "observation", leaf, image_size)
@@ -53,7 +94,7 @@ class Observer:
                 reason = "reserved" if name in RESERVED else "used twice"
                 raise TaskError(f"the observation name '{name}' is {reason}")
             found[name] = box
-            self._leaves[name] = (path, convert)
+            self._leaves[name] = _Leaf(path, leaf, convert)
         self.space = spaces.Dict({name: found[name] for name in sorted(found)})
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
@@ -65,16 +106,33 @@ class Observer:
         return {name: self._convert(name, obs) for name in self.space.spaces}
 
     def stacked(self, rows: list[Any]) -> dict[str, np.ndarray]:
-        """The same for a list of N single observations."""
-        out = {}
-        for name in self.space.spaces:
-            path, convert = self._leaves[name]
-            out[name] = convert(np.stack([np.asarray(_get(row, path)) for row in rows]))
-        return out
+        """The same for a list of N single observations, each checked against the space.
+
+        Raises:
+          TaskError: an entry is missing, not finite, or does not fit its space; names the entry.
+        """
+        return {name: self._stack(self._leaves[name], rows) for name in self.space.spaces}
+
+    def read(self, obs: Any) -> Iterator[tuple[str, Space[Any], np.ndarray]]:
+        """Entries of one observation before conversion: (name for messages, its space, value).
+
+        Raises:
+          TaskError: as `stacked`.
+        """
+        for leaf in self._leaves.values():
+            yield leaf.name, leaf.space, leaf.read(obs)
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The environment's own space of each entry in words, by the names of `space`."""
+        return {name: describe(leaf.space) for name, leaf in self._leaves.items()}
+
+    def _stack(self, leaf: _Leaf, rows: list[Any]) -> np.ndarray:
+        return leaf.convert(np.stack([leaf.read(row) for row in rows]))
 
     def _convert(self, name: str, obs: Any) -> np.ndarray:
-        path, convert = self._leaves[name]
-        return convert(np.asarray(_get(obs, path)))
+        leaf = self._leaves[name]
+        return leaf.convert(np.asarray(_get(obs, leaf.path)))
 
 
 def _leaves(
@@ -88,9 +146,25 @@ def _leaves(
 
 
 def _get(obs: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        obs = obs[key]
+    for depth, key in enumerate(path):
+        try:
+            obs = obs[key]
+        except (KeyError, IndexError, TypeError):
+            where = f"'{'/'.join(path[:depth])}'" if depth else "the observation"
+            has = sorted(map(str, obs)) if isinstance(obs, dict) else type(obs).__name__
+            raise TaskError(f"{where} has no entry '{key}'; it is {has}") from None
     return obs
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise TaskError(f"'{name}' is no array: {' '.join(str(error).split())}") from None
+
+
+def _odd(value: np.ndarray) -> str:
+    return "NaN" if np.isnan(value).any() else "an infinite number"
 
 
 def _converter(name: str, space: Space[Any], size: int) -> tuple[spaces.Box, _Convert]:
@@ -106,12 +180,13 @@ def _converter(name: str, space: Space[Any], size: int) -> tuple[spaces.Box, _Co
                 return _image_box(size, space.shape[-1]), lambda x: resize_images(x, size, size)
             if space.shape[0] in _CHANNELS:
                 return _image_box(size, space.shape[0]), _channels_first(size)
-    raise TaskError(f"the space of '{name}' is not supported: {_describe(space)}; {_SUPPORTED}")
+    raise TaskError(f"the space of '{name}' is not supported: {describe(space)}; {_SUPPORTED}")
 
 
-def _describe(space: Space[Any]) -> str:
+def describe(space: Space[Any]) -> str:
+    """A space in one short line, a Box by its outermost bounds."""
     if isinstance(space, spaces.Box):
-        low, high = space.low.min(initial=np.inf), space.high.max(initial=-np.inf)
+        low, high = (space.low.min(), space.high.max()) if space.low.size else (0, 0)
         return f"Box({low}, {high}, {space.shape}, {space.dtype})"
     return " ".join(str(space).split())
 

@@ -7,10 +7,12 @@ Facts of envpool 1.2.5 that this file relies on, each checked by a test:
   row show an older frame;
 - a reset plays 1 to noop_max no-op frames, which do not count towards the episode's length;
 - environment i is seeded once, with seed + i, and rows come back in the order of environments.
+ViZDoom's own are in `doom`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import warnings
@@ -21,6 +23,7 @@ import gymnasium
 import numpy as np
 
 from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
+from fastdreamer.envs.doom import Workplace, doom_config, doom_reward
 from fastdreamer.envs.observe import Observer
 
 
@@ -42,16 +45,15 @@ class PoolEnv:
         if task_id not in envpool.list_all_envs():
             hint = ", ".join(nearest(task_id, envpool.list_all_envs()))
             raise TaskError(f"envpool has no task '{task_id}'; nearest: {hint or 'none'}")
-        atari = task_id in atari_games().values()
-        config = _atari_config(options) if atari else {}
-        if options.num_threads:
-            config["num_threads"] = options.num_threads
+        self._task, self._repeat = task_id, options.action_repeat
+        atari, self._doom = task_id in atari_games().values(), task_id in doom_tasks()
+        config = {"num_envs": num_envs, "seed": seed, **_config(task_id, options)}
+        self._place = Workplace() if self._doom else None
         try:
-            with warnings.catch_warnings():  # float64 bounds of a float32 space: harmless
+            with warnings.catch_warnings(), self._place or contextlib.nullcontext():
+                # float64 bounds of a float32 space: harmless
                 warnings.filterwarnings("ignore", ".*precision lowered by casting")
-                self._pool = envpool.make(
-                    task_id, env_type="gymnasium", num_envs=num_envs, seed=seed, **config
-                )
+                self._pool = envpool.make(task_id, env_type="gymnasium", **config)
                 self._space = self._pool.single_action_space
                 obs_space = self._pool.single_observation_space
         except (ImportError, OSError, RuntimeError) as error:
@@ -76,6 +78,8 @@ class PoolEnv:
     def step(self, action: Any) -> dict[str, np.ndarray]:
         action = check_action(action, self.act_space, self.num_envs)
         obs, reward, terminated, truncated, info = self._pool.step(self._native(action))
+        if self._doom:
+            reward = doom_reward(self._task, reward, terminated, self._repeat)
         first = self._ended
         self._ended = terminated | truncated
         terminal = terminated
@@ -84,7 +88,12 @@ class PoolEnv:
         return self._rows(obs, np.where(first, 0.0, reward), first, self._ended, terminal)
 
     def close(self) -> None:
-        self._pool.close()
+        pool = self.__dict__.pop("_pool", None)
+        if pool is not None:
+            pool.close()
+            del pool  # the games of ViZDoom end with it
+        if self._place:
+            self._place.remove()
 
     def _native(self, action: Any, prefix: str = "action") -> Any:
         if isinstance(action, dict):
@@ -140,6 +149,15 @@ def atari_games() -> dict[str, str]:
     return games
 
 
+@functools.cache
+def doom_tasks() -> frozenset[str]:
+    """Every ViZDoom id that envpool offers."""
+    import_envpool("doom")
+    from envpool.registration import registry
+
+    return frozenset(task for task, spec in registry.specs.items() if spec[0] == "envpool.vizdoom")
+
+
 def find_atari(name: str) -> str | None:
     """The envpool id of an Atari game by any spelling (ms_pacman, MsPacman, MsPacman-v5)."""
     games = {_fold(snake): task for snake, task in atari_games().items()}
@@ -148,6 +166,15 @@ def find_atari(name: str) -> str | None:
 
 def _fold(name: str) -> str:
     return re.sub(r"[_\s]", "", name).lower()
+
+
+def _config(task_id: str, options: EnvOptions) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if task_id in atari_games().values():
+        config = _atari_config(options)
+    elif task_id in doom_tasks():
+        config = doom_config(task_id, options)
+    return config | ({"num_threads": options.num_threads} if options.num_threads else {})
 
 
 def _atari_config(options: EnvOptions) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""What a run will do: checks of its configuration, and the announcement at its start."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastdreamer
+from fastdreamer.config import Config
+from fastdreamer.errors import UsageError
+from fastdreamer.learner import Learner
+from fastdreamer.recipe import RECIPES
+
+if TYPE_CHECKING:
+    from fastdreamer.trainer import Trainer
+
+LONG = 24 * 3600  # seconds from which smaller runs are named
+
+
+def check(config: Config) -> None:
+    """Refuse values that cannot work, naming the option and what is valid.
+
+    Raises:
+        UsageError: in one line.
+    """
+    learner = config.learner
+    positive = {
+        "--steps": config.steps,
+        "--num-envs": config.num_envs,
+        "--capacity": config.capacity,
+        "--learner.batch-size": learner.batch_size,
+        "--learner.batch-length": learner.batch_length,
+        "--learner.horizon": learner.horizon,
+        "--log.every": config.log.every,
+        **{
+            f"--model.{k.replace('_', '-')}": v
+            for k, v in vars(config.model).items()
+            if isinstance(v, int)
+        },
+    }
+    for option, value in positive.items():
+        if value < 1:
+            raise UsageError(f"{option} must be at least 1, got {value}")
+    if learner.replay_ratio < 0:
+        raise UsageError(f"--learner.replay-ratio must not be negative, got {learner.replay_ratio}")
+    if config.model.bins % 2 == 0:
+        raise UsageError(f"--model.bins must be odd, got {config.model.bins}")
+    try:
+        config.save_interval  # noqa: B018
+    except ValueError:
+        raise UsageError(
+            f"--checkpoint-every {config.checkpoint_every}: give steps (5000) or minutes (30m)"
+        ) from None
+    window = learner.batch_length * config.num_envs
+    if learner.replay_ratio and learner.prefill < window:
+        raise UsageError(
+            f"--learner.prefill must be at least batch length x environments = {window}, "
+            f"got {learner.prefill}"
+        )
+
+
+def total_updates(config: Config, step: int) -> int:
+    """Updates that the train ratio owes by environment step ``step``."""
+    learner = config.learner
+    return max(0, math.floor(learner.replay_ratio * (step - learner.prefill) + 1e-9))
+
+
+def window(config: Config) -> int:
+    """Steps of a replayed sequence: recipe 2025 has one more, whose latents are the start."""
+    return config.learner.batch_length + RECIPES[config.recipe].joint
+
+
+def default_logdir(config: Config) -> Path:
+    """runs/<preset>-<task>-<size>-seed<seed>."""
+    task = config.task.replace(":", "-").replace("/", "-")
+    return Path("runs") / f"{config.preset}-{task}-{config.size}-seed{config.seed}"
+
+
+def describe(trainer: Trainer) -> str:
+    """What the run will do and, from a short measurement, how long it will take."""
+    config, learner, agent = trainer.config, trainer.config.learner, trainer.agent
+    size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    steps = config.steps - trainer.step
+    updates = total_updates(config, config.steps) - trainer.learner.updates
+    frames = f" of {config.env.action_repeat} frames" if _is_atari(config.task) else ""
+    resumed = f" from step {trainer.step:,} on" if trainer.step else ""
+    kind = "" if RECIPES[config.recipe].joint else "random "
+    lines = [
+        f"fastdreamer {fastdreamer.__version__}: {config.task}, {steps:,} steps{frames}{resumed}, "
+        f"{config.num_envs} environment(s), seed {config.seed}",
+        f"recipe {config.recipe}, size {config.size} ({size / 1e6:.1f} M parameters), "
+        f"{updates:,} updates of {learner.batch_size} x {learner.batch_length} "
+        f"(replay ratio {learner.replay_ratio:g} after {learner.prefill:,} {kind}steps)",
+        f"device {trainer.device} ({_device_name(trainer.device)}), kernels {agent.ops.backend}, "
+        f"log directory {trainer.logdir}",
+    ]
+    update, act = _measure(trainer)
+    seconds = update * updates + act * steps
+    lines.append(
+        f"measured {update:.3g} s an update, {act * 1e3:.2g} ms a policy step: "
+        f"about {timedelta(seconds=round(seconds))} besides the environment's own time"
+    )
+    if seconds > LONG:
+        lines.append(
+            "that is long for this device: --preset demo takes minutes; "
+            "--size xs or --size debug and fewer --steps are quicker"
+        )
+    return "\n".join(lines)
+
+
+def _measure(trainer: Trainer) -> tuple[float, float]:
+    """Seconds of one update and of one policy step, on a copy of the agent."""
+    agent, config = copy.deepcopy(trainer.agent), trainer.config
+    learner = Learner.make(agent, config.learner)
+    rows = trainer.replay.allocate(config.learner.batch_size, window(config))
+    batch = {k: torch.zeros_like(v, device=trainer.device) for k, v in rows.items()}
+    batch = trainer.unpack(batch)
+    count = config.num_envs
+    obs = {k: batch[k][0, :1].expand(count, *batch[k].shape[2:]) for k in agent.obs_space}
+    first = torch.ones(count, dtype=torch.bool, device=trainer.device)
+    noise, carry = agent.act_noise(count, learner.generator), agent.initial_carry(count)
+    act = _time(lambda: agent.act(obs, first, carry, noise), trainer.device)
+    return _time(lambda: learner.update(batch), trainer.device), act
+
+
+def _time(task: Callable[[], Any], device: torch.device) -> float:
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _is_atari(task: str) -> bool:
+    return ":" not in task or task.startswith("atari:")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads"
