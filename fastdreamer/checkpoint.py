@@ -41,7 +41,10 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is damaged.
         """
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != self.info["sha256"]:
             raise CheckpointError(f"{self.path} is damaged: its checksum does not match")
         del data
@@ -74,12 +77,28 @@ def save(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, A
 
 
 def find_all(folder: Path) -> list[Checkpoint]:
-    """Complete checkpoints in a folder, oldest first."""
+    """Complete checkpoints in a folder, oldest first.
+
+    Raises:
+        CheckpointError: a .json file is damaged.
+    """
     found = []
     for info in sorted(folder.glob("checkpoint-*.json")):
         if info.with_suffix(".pt").exists():
-            found.append(Checkpoint(info.with_suffix(".pt"), json.loads(info.read_text())))
+            found.append(Checkpoint(info.with_suffix(".pt"), _read_info(info)))
     return found
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_bytes())
+        if {"step", "sha256"} <= info.keys():
+            return info
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise CheckpointError(
+        f"{path} is damaged; without it the run goes on from the checkpoint before, if there is one"
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_common import Arrays
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
@@ -23,24 +24,6 @@ from fastdreamer.recipe import RECIPES
 from fastdreamer.rssm import ImagineNoise
 
 NOT_OBSERVED = {"actions", "rewards", "terminated", "is_first"}
-
-
-class Arrays:
-    """One npz file; arrays come as tensors, floating ones in the dtype of the test."""
-
-    def __init__(self, path: Path, dtype: torch.dtype):
-        self.npz, self.dtype = np.load(path), dtype
-
-    def __getitem__(self, key: str) -> Tensor:
-        value = torch.from_numpy(self.npz[key])
-        return value.to(self.dtype) if value.is_floating_point() else value
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.npz.files
-
-    def keys(self, prefix: str) -> list[str]:
-        """Names below ``prefix``, without it."""
-        return [k[len(prefix) :] for k in self.npz.files if k.startswith(prefix)]
 
 
 class Golden2023:

@@ -19,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 
 from fastdreamer.envs import find_factory, make_envs
 from fastdreamer.envs.base import EnvOptions, TaskError, VectorEnv
-from fastdreamer.envs.gym import Factory
+from fastdreamer.envs.gym import Factory, check_env
 from fastdreamer.envs.observe import Observer, describe
 from fastdreamer.envs.own import explain
 
@@ -161,11 +161,7 @@ class Checked(gymnasium.Env[Any, Any]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], odd: dict[str, None]) -> None:
-        if not isinstance(env, gymnasium.Env):
-            raise TaskError(f"the factory must return a gymnasium.Env, got {type(env).__name__}")
-        for name in ("observation_space", "action_space"):
-            if not isinstance(getattr(env, name, None), gymnasium.Space):
-                raise TaskError(f"the environment's {name} is not set to a gymnasium space")
+        check_env(env)
         self._env, self._odd = env, odd
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.observer = Observer(self.observation_space, 64)

@@ -31,8 +31,7 @@ class GymEnv:
     def __init__(self, factory: Factory, num_envs: int, seed: int, options: EnvOptions) -> None:
         self._envs = [factory() for _ in range(num_envs)]
         env = self._envs[0]
-        if not isinstance(env, gymnasium.Env):
-            raise TaskError(f"the factory must return a gymnasium.Env, got {type(env).__name__}")
+        check_env(env)
         self.num_envs = num_envs
         self._space = env.action_space
         self.act_space = from_zero(self._space)
@@ -98,6 +97,15 @@ class GymEnv:
             "is_last": self._ended.copy(),
             "is_terminal": terminal,
         }
+
+
+def check_env(env: Any) -> None:
+    """Raises a TaskError where a factory's result is no environment with spaces."""
+    if not isinstance(env, gymnasium.Env):
+        raise TaskError(f"the factory must return a gymnasium.Env, got {type(env).__name__}")
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gymnasium.Space):
+            raise TaskError(f"{type(env).__name__}.{name} is not set to a gymnasium space")
 
 
 def _reward(value: Any) -> float:
