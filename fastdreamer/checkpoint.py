@@ -97,7 +97,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         pass
     raise CheckpointError(
-        f"{path} is damaged; without it the run goes on from the checkpoint before, if there is one"
+        f"{path} is damaged and cannot be read; without that file the run goes on from the"
+        " checkpoint before it, if there is one"
     )
 
 

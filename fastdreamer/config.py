@@ -130,7 +130,7 @@ class Config:
     """A training run of DreamerV3."""
 
     preset: str = "atari100k"
-    """Named set of defaults: atari100k or demo."""
+    """Named set of defaults: atari100k, atari100k-2025 or demo."""
     recipe: Literal["2023", "2025"] = "2023"
     """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it) or 2025 (Nature, official code)."""
     task: str = "ms_pacman"
@@ -241,14 +241,6 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         "atari100k": Config(),
         "atari100k-2025": Config(
             preset="atari100k-2025", recipe="2025", size="12m", learner=_LEARNER_2025
-        ),
-        "dmc_proprio": Config(
-            preset="dmc_proprio",
-            recipe="2025",
-            task="dmc:reacher_easy",
-            size="1m",
-            steps=500_000,
-            learner=replace(_LEARNER_2025, replay_ratio=1.0),
         ),
         "demo": Config(
             preset="demo",

@@ -192,7 +192,7 @@ def _captions(
     predicted: Prediction, example: int, t: int, action_names: Sequence[str] | None
 ) -> list[str]:
     """What stands under the three panels of an example at step ``t``."""
-    rewards = [f"reward {r[example, t]:.3g}" for r in predicted.rewards.values()]
+    rewards = [f"reward {r[example, t]:.2f}" for r in predicted.rewards.values()]
     if t > 0:
         action = predicted.actions[example, t - 1]
         rewards[1] = f"{_name(action, predicted.parts, action_names)}, {rewards[1]}"

@@ -339,6 +339,10 @@ class JointLearner(Learner):
         start = State(batch["deter"][:, 0], batch["stoch"][:, 0])
         previous = batch["action"][:, :-1]
         batch = {k: v[:, 1:] for k, v in batch.items()}
+        # A step before a reset ends its episode, also where a run was cut.
+        is_last = batch["is_last"].bool()
+        cut = F.pad(batch["is_first"].bool()[:, 1:], (0, 1))
+        batch["is_last"] = is_last | cut
         observed = self.observe(batch, start, previous, noise.post)
         states = observed.states
         cont = 1 - batch["is_terminal"].to(previous.dtype).flatten()

@@ -89,7 +89,7 @@ def describe(trainer: Trainer) -> str:
     size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     steps = config.steps - trainer.step
     updates = total_updates(config, config.steps) - trainer.learner.updates
-    frames = f" of {config.env.action_repeat} frames" if _is_atari(config.task) else ""
+    frames = f" of {config.env.action_repeat} frames" if is_atari(config.task) else ""
     resumed = f" from step {trainer.step:,} on" if trainer.step else ""
     kind = "" if RECIPES[config.recipe].joint else "random "
     lines = [
@@ -139,8 +139,9 @@ def _time(task: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _is_atari(task: str) -> bool:
-    return ":" not in task or task.startswith("atari:")
+def is_atari(task: str) -> bool:
+    """Whether a task name is an Atari game's."""
+    return task != "custom" and (":" not in task or task.startswith("atari:"))
 
 
 def _device_name(device: torch.device) -> str:

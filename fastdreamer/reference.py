@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,16 +61,17 @@ def official_curves(task: str, action_repeat: int) -> list[Curve]:
     """The official learning curves of a task (recipe 2025), one per seed; [] where none is known.
 
     Args:
-        task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and envpool's DeepMind
-            Control tasks (from vectors) are known.
+        task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and DeepMind Control
+            (dmc:NAME or envpool:ID, from vectors) are known.
         action_repeat: Atari frames per step of ours; the official curves count frames.
     """
     game = atari_name(task)
-    prefix, colon, name = task.partition(":")
+    prefix, _, name = task.partition(":")
     if game is not None:
         rows, scale = _rows("atari100k").get(f"atari{game}", []), action_repeat
-    elif colon and prefix == "envpool":
-        rows, scale = _rows("dmc_proprio").get("dmc" + _fold(name.rpartition("-")[0]), []), 1
+    elif prefix in ("dmc", "envpool"):
+        control = re.sub(r"-v\d+$", "", name)
+        rows, scale = _rows("dmc_proprio").get(f"dmc{_fold(control)}", []), 1
     else:
         return []
     return [Curve(np.array(r["xs"]) / scale, np.array(r["ys"])) for r in rows]

@@ -7,6 +7,7 @@ Row `t` of stream `s` has the step id `t * num_streams + s`, unique for the life
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Replay:
         seed: of the generator that draws the windows.
         pin_memory: page-lock the storage; without a CUDA device this does nothing.
         window: longest window that will be drawn, to fail early if the rings are too short.
+        online: serve each stream's newest non-overlapping windows of `window` rows once, in the
+            order they filled up, before uniform draws (recipe 2025).
 
     Raises:
         ValueError: for a bad column or a capacity too small for the window.
@@ -69,6 +72,7 @@ class Replay:
         pin_memory: bool = False,
         *,
         window: int = 1,
+        online: bool = False,
     ) -> None:
         if num_streams < 1:
             raise ValueError(f"num_streams must be at least 1, got {num_streams}")
@@ -80,6 +84,8 @@ class Replay:
         self._head = 0  # rows ever added to each stream
         self._first = 0  # rows before this one were not loaded
         self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._online = window if online else 0
+        self._fresh: deque[tuple[int, int]] = deque()  # windows not served yet: stream, start
         rows = num_streams * self.stream_capacity
         pinned = pin_memory and torch.cuda.is_available()
         self._rows = {
@@ -130,6 +136,9 @@ class Replay:
         for name, value in data.items():
             self._rings[name][:, slot] = value
         self._head += 1
+        if self._online and self._head % self._online == 0:
+            start = self._head - self._online
+            self._fresh.extend((stream, start) for stream in range(self.num_streams))
         return (self._head - 1) * self.num_streams + np.arange(self.num_streams, dtype=np.int64)
 
     def can_sample(self, length: int) -> bool:
@@ -138,7 +147,7 @@ class Replay:
         return self._head >= length
 
     def draw(self, batch_size: int, length: int) -> NDArray[np.int64]:
-        """Draw windows uniformly over all stored windows of all streams, with replacement.
+        """Draw windows: fresh ones if `online`, then uniformly over all stored, with replacement.
 
         Returns:
             int64 (B, 2): the stream and the time of the first row, counted from the first add.
@@ -151,8 +160,20 @@ class Replay:
                 f"no window of {length} steps yet: each stream holds {self._head} rows"
             )
         starts = self._head - self._oldest - length + 1
-        pick = self._rng.integers(0, starts * self.num_streams, batch_size, dtype=np.int64)
-        return np.stack([pick // starts, self._oldest + pick % starts], axis=1)
+        fresh = self._take_fresh(batch_size) if length == self._online else []
+        count = batch_size - len(fresh)
+        pick = self._rng.integers(0, starts * self.num_streams, count, dtype=np.int64)
+        drawn = np.stack([pick // starts, self._oldest + pick % starts], axis=1)
+        return np.concatenate([np.array(fresh, np.int64).reshape(-1, 2), drawn])
+
+    def _take_fresh(self, limit: int) -> list[tuple[int, int]]:
+        """Up to `limit` windows of the online queue that are still stored."""
+        taken: list[tuple[int, int]] = []
+        while self._fresh and len(taken) < limit:
+            window = self._fresh.popleft()
+            if window[1] >= self._oldest:
+                taken.append(window)
+        return taken
 
     def gather(self, index: NDArray[np.int64], length: int, out: Batch | None = None) -> Batch:
         """Copy windows out of the rings.
@@ -265,6 +286,7 @@ class Replay:
             "oldest": self._oldest,
             "head": self._head,
             "rng": self._rng.bit_generator.state,
+            "fresh": [list(window) for window in self._fresh],
             "segments": [dict(s) for s in segments],
             "mutable": snapshot,
         }
@@ -288,6 +310,7 @@ class Replay:
         for segment in snapshots:
             read_segment(directory, segment, self._load_spans(segment, oldest, mutable=True))
         self._rng.bit_generator.state = manifest["rng"]
+        self._fresh = deque((stream, start) for stream, start in manifest["fresh"])
         self._head, self._first = manifest["head"], oldest
         self._segments, self._directory = [dict(s) for s in segments], directory
 
@@ -296,7 +319,7 @@ class Replay:
     ) -> tuple[int, list[Segment], list[Segment]]:
         """The oldest row, the segments and the snapshot (none or one) of a fitting manifest."""
         layout = self._layout()
-        fields = {"stream_capacity", "oldest", "head", "rng", "segments", "mutable"}
+        fields = {"stream_capacity", "oldest", "head", "rng", "fresh", "segments", "mutable"}
         missing = (layout.keys() | fields) - manifest.keys()
         if missing:
             raise ReplayError(f"the replay manifest lacks {sorted(missing)}")

@@ -36,7 +36,7 @@ from fastdreamer.host import keep_freed_memory
 from fastdreamer.kernels import resolve
 from fastdreamer.learner import Learner
 from fastdreamer.logger import Logger
-from fastdreamer.plan import check, default_logdir, describe, total_updates, window
+from fastdreamer.plan import check, default_logdir, describe, is_atari, total_updates, window
 from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Column, Replay
 from fastdreamer.rssm import State
@@ -99,6 +99,7 @@ class Trainer:
             replay_seed,
             pin_memory=self.device.type == "cuda",
             window=window(config),
+            online=self.recipe.joint,
         )
         self.prefetcher = Prefetcher(
             self.replay, config.learner.batch_size, window(config), self.device
@@ -162,7 +163,7 @@ class Trainer:
                 self.prefetcher.request()
             stepped = self.worker.submit(self.envs.step, action)
             self._learn(due)
-            rows = stepped.result()
+            rows = self._end(stepped.result())
             self.logger.advance(self.config.num_envs)
             self._track(rows)
             if self._save_due():
@@ -172,6 +173,12 @@ class Trainer:
             self.logger.close()
             print(f"stopped at step {self.step:,}; the same command continues from there")
             raise SystemExit(128 + self._stop)
+
+    def _end(self, rows: Rows) -> Rows:
+        """The official code counts an Atari time-out as terminal."""
+        if self.recipe.joint and is_atari(self.config.task):
+            rows["is_terminal"] = rows["is_last"].copy()
+        return rows
 
     def _act(self, rows: Rows) -> tuple[Any, Rows]:
         """Environment actions, and what the replay stores of this step besides its row."""

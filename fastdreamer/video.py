@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,34 +41,39 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     return image.repeat(scale, -3).repeat(scale, -2)
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
+def write_video(
+    path: Path, frames: Sequence[np.ndarray] | np.ndarray, fps: float, scale: int = 1
+) -> None:
     """Write frames (H, W, 3) uint8, of one size, as .mp4 (H.264) or as an endless .gif.
 
-    Sizes are padded with black to even numbers, which H.264 requires. A frame of a .gif lasts
-    whole hundredths of a second.
+    Frames are enlarged ``scale`` times and padded with black to even sizes, which H.264 requires.
+    A frame of a .gif lasts whole hundredths of a second.
     """
-    padded = (np.pad(f, ((0, len(f) % 2), (0, f.shape[1] % 2), (0, 0))) for f in frames)
+    bottom, right = (scale * n % 2 for n in frames[0].shape[:2])
+    shown = (np.pad(enlarge(f, scale), ((0, bottom), (0, right), (0, 0))) for f in frames)
     if path.suffix == ".gif":
-        _write_gif(path, padded, 10 * round(100 / fps))
+        _write_gif(path, shown, frames[:: -(-len(frames) // 32)], 10 * round(100 / fps))
         return
     import imageio.v3 as iio
 
     with iio.imopen(path, "w", plugin="pyav") as file:
         file.init_video_stream("libx264", fps=fps)
-        for frame in padded:
+        for frame in shown:
             file.write_frame(frame)
 
 
-def _write_gif(path: Path, frames: Iterator[np.ndarray], milliseconds: int) -> None:
-    """One palette serves all frames, so that colours do not flicker and files stay small."""
+def _write_gif(
+    path: Path, frames: Iterable[np.ndarray], sample: Iterable[np.ndarray], milliseconds: int
+) -> None:
+    """One palette, from ``sample``, serves all frames: no flicker, and a smaller file.
+
+    An octree keeps the colours of small sprites, which a median cut gives up for shades of walls.
+    """
     from PIL import Image
 
-    head = list(itertools.islice(frames, 32))
-    sample = Image.fromarray(np.concatenate(head)[::2, ::2])
-    palette = sample.quantize(256, Image.Quantize.MEDIANCUT)
+    palette = Image.fromarray(np.concatenate(list(sample))).quantize(256, Image.Quantize.FASTOCTREE)
     images = (
-        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
-        for f in itertools.chain(head, frames)
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
     )
     first = next(images)
     first.save(path, save_all=True, append_images=images, duration=milliseconds, loop=0)

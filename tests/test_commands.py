@@ -23,6 +23,7 @@ from fastdreamer.errors import UsageError, UserError
 from fastdreamer.evaluation import random_policy, run_episodes, summarise
 from fastdreamer.imagination import predict
 from fastdreamer.loading import from_json, load_agent, load_run
+from fastdreamer.video import write_video
 
 TASK = "envpool:Catch-v0"
 EPISODE = 10  # rows of an episode of Catch
@@ -273,6 +274,14 @@ class TestDream:
             with pytest.raises(UsageError, match=message):
                 dream.film(options)
 
+    def test_recipe_2025(self, tmp_path: Path) -> None:
+        logdir = train(tmp_path / "run", preset="atari100k-2025", steps=96)
+        saved = load_run(logdir)
+        assert saved.config.recipe == "2025"
+        result = prediction(logdir, played())
+        assert np.isfinite(list(result.errors().values())).all()
+        assert result.images["imagined"].min() >= 0  # x/255, not x/255 - 0.5
+
     def test_vectors_have_no_pictures(self, tmp_path: Path) -> None:
         logdir = train(tmp_path / "run", "gymnasium:CartPole-v1", steps=66)
         with pytest.raises(UsageError, match="no images"):
@@ -286,6 +295,18 @@ def contains(frame: np.ndarray, panel: np.ndarray) -> bool:
     return any(
         np.array_equal(frame[y : y + height, x : x + width], panel) for y, x in np.argwhere(corner)
     )
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_colours_survive_in_a_file(tmp_path: Path, suffix: str) -> None:
+    """Also those of a small sprite before a background of many shades."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 60, (6, 61, 61, 3), np.uint8)
+    frames[:, 20:30, 20:30] = sprite = [210, 180, 40]
+    write_video(tmp_path / f"x{suffix}", frames, 10, scale=3)
+    shown = iio.imread(tmp_path / f"x{suffix}")
+    assert shown.shape == (6, 184, 184, 3)
+    np.testing.assert_allclose(shown[:, 75, 75], [sprite] * 6, atol=12)
 
 
 class TestPlot:
@@ -326,7 +347,8 @@ class TestPlot:
     def test_official_curves_are_in_steps(self) -> None:
         curves = reference.official_curves("ms_pacman", 4)
         assert len(curves) == 5 and all(90_000 < c.steps.max() <= 100_000 for c in curves)
-        assert reference.official_curves("envpool:CheetahRun-v1", 4)
+        for task in ("envpool:CheetahRun-v1", "dmc:cheetah_run"):
+            assert len(reference.official_curves(task, 4)) == 5
         assert not reference.official_curves(TASK, 4)
 
     def test_refuses(self, logdir: Path, copy: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from gymnasium import spaces
 
 from fastdreamer.envs import EnvOptions, TaskError, make_envs
-from fastdreamer.envs.doom import doom_reward
+from fastdreamer.envs.doom import doom_reward, doom_terminal
 
 HOME = "envpool:MyWayHome-v1"
 
@@ -44,6 +44,13 @@ def test_the_goal_is_worth_one():
     given, ended = np.array([0.5, 0.0]), np.array([True, False])
     np.testing.assert_allclose(doom_reward("MyWayHome-v1", given, ended, 4), [0.9996, -0.0004])
     assert doom_reward("D2Navigation-v1", given, ended, 4) is given
+
+
+def test_the_goal_in_the_last_step_is_terminal():
+    ends = np.array([True, False, False]), np.array([False, True, True])
+    armour = {"ARMOR": np.array([0.0, 100.0, 0.0])}
+    assert doom_terminal("MyWayHome-v1", *ends, armour).tolist() == [True, True, False]
+    assert doom_terminal("D2Navigation-v1", *ends, armour) is ends[0]
 
 
 def test_seeds():

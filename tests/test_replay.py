@@ -365,6 +365,23 @@ def test_manifests_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
         assert len(replay) == 40
 
 
+def test_online_windows_come_once_and_first(tmp_path: Path) -> None:
+    replay = Replay(COLUMNS, 40, 2, 0, window=5, online=True)
+    for t in range(14):
+        replay.add(make_rows(t, 2))
+    first = replay.draw(3, 5).tolist()
+    assert first == [[0, 0], [1, 0], [0, 5]]
+    other = Replay(COLUMNS, 40, 2, 1, window=5, online=True)
+    other.load(tmp_path, save(replay, tmp_path))
+    second = replay.draw(4, 5)
+    assert second[0].tolist() == [1, 5]
+    assert (other.draw(4, 5) == second).all()
+    assert (replay.draw(50, 5)[:, 1] > 5).any()  # uniform from here on
+    for t in range(14, 45):  # served late: what left the ring is passed over
+        replay.add(make_rows(t, 2))
+    assert replay.draw(2, 5).tolist() == [[0, 25], [1, 25]]
+
+
 @pytest.mark.parametrize("capacity", [10, 40, 90])
 def test_another_capacity_takes_the_newest_rows(tmp_path: Path, capacity: int) -> None:
     """Saved with 20 rows in each stream; then both replays go on, and are saved again."""

@@ -63,19 +63,31 @@ def doom_config(task_id: str, options: EnvOptions) -> dict[str, Any]:
     }
 
 
+def doom_terminal(
+    task_id: str, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Which of N episodes ended other than by time, also where both came in the same step.
+
+    MyWayHome's goal is an armour: whoever has it at the end of the time was there.
+    """
+    if task_id != _HOME:
+        return terminated
+    return terminated | (truncated & (info["ARMOR"] > 0))
+
+
 def doom_reward(
-    task_id: str, reward: np.ndarray, terminated: np.ndarray, action_repeat: int
+    task_id: str, reward: np.ndarray, terminal: np.ndarray, action_repeat: int
 ) -> np.ndarray:
     """envpool's reward, but its scenario's for MyWayHome.
 
     Args:
       reward: (N,) from envpool.
-      terminated: (N,) bool; in MyWayHome only the goal terminates.
+      terminal: (N,) bool; in MyWayHome only the goal is.
       action_repeat: tics a step.
     """
     if task_id != _HOME:
         return reward
-    return _GOAL * terminated + _LIVING * action_repeat
+    return _GOAL * terminal + _LIVING * action_repeat
 
 
 class Workplace:

@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 
 from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
-from fastdreamer.envs.doom import Workplace, doom_config, doom_reward
+from fastdreamer.envs.doom import Workplace, doom_config, doom_reward, doom_terminal
 from fastdreamer.envs.observe import Observer
 
 
@@ -78,13 +78,14 @@ class PoolEnv:
     def step(self, action: Any) -> dict[str, np.ndarray]:
         action = check_action(action, self.act_space, self.num_envs)
         obs, reward, terminated, truncated, info = self._pool.step(self._native(action))
-        if self._doom:
-            reward = doom_reward(self._task, reward, terminated, self._repeat)
         first = self._ended
         self._ended = terminated | truncated
         terminal = terminated
         if "terminated" in info:  # a game may end on the very step of the time limit
             terminal = terminal | (truncated & info["terminated"].astype(bool))
+        if self._doom:
+            terminal = doom_terminal(self._task, terminated, truncated, info)
+            reward = doom_reward(self._task, reward, terminal, self._repeat)
         return self._rows(obs, np.where(first, 0.0, reward), first, self._ended, terminal)
 
     def close(self) -> None:
