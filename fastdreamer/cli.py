@@ -119,11 +119,11 @@ def _option_names(kind: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def _one_line(text: str) -> str:
-    """The first paragraph of the parser's framed message."""
+    """The first paragraph of the parser's framed message, without its title."""
     lines = [line.strip("│╭╮╰╯ ─") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
     body = []
-    for line in lines[1:]:
-        if not line:
+    for line in [line for line in lines if not re.fullmatch(r"[\s+|-]*", line)][1:]:
+        if line.startswith(("For full helptext", "Argument helptext")):
             break
-        body.append(line)
+        body.append(line.strip("| "))
     return " ".join(body) or "invalid arguments, see --help"

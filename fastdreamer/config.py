@@ -134,7 +134,7 @@ class Config:
     recipe: Literal["2023", "2025"] = "2023"
     """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it) or 2025 (Nature, official code)."""
     task: str = "ms_pacman"
-    """Atari game by name, envpool:<id> or gymnasium:<id>."""
+    """Atari game by name, envpool:<id>, gymnasium:<id>, minerl:navigate or my.module:make_env."""
     size: str = "s"
     """Sizes of the networks: xs, s, m, l, xl (recipe 2023), 1m to 400m (recipe 2025), or debug;
     single fields can be set by --model.*."""
@@ -172,7 +172,7 @@ class Config:
         """Amount and whether it is minutes (else environment steps); ValueError if malformed."""
         minutes = self.checkpoint_every.endswith("m")
         amount = float(self.checkpoint_every.removesuffix("m"))
-        if amount <= 0:
+        if not 0 < amount < float("inf"):
             raise ValueError(self.checkpoint_every)
         return amount, minutes
 

@@ -62,16 +62,27 @@ class SavedRun:
             CheckpointError: the weights are of other networks or of another task's spaces.
             UsageError: the action space or the device is not supported.
         """
-        try:
-            ops = resolve("auto", device)
-            boxes: Any = envs.obs_space.spaces
-            recipe = RECIPES[self.config.recipe]
-            agent = Agent(boxes, envs.act_space, self.config.model, recipe, ops)
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(f"task {self.config.task}: {error}") from None
+        agent = make_agent(self.config, envs, device, backend="auto")
         _check_weights(self.path, agent.state_dict(), self.weights)
         agent.load_state_dict(dict(self.weights))
-        return agent.to(device).eval().requires_grad_(False)
+        return agent.eval().requires_grad_(False)
+
+
+def make_agent(
+    config: Config, envs: VectorEnv, device: torch.device | str, backend: str | None = None
+) -> Agent:
+    """A new agent for the spaces of ``envs``; ``backend`` replaces the configuration's.
+
+    Raises:
+        UsageError: the spaces or the backend are not supported.
+    """
+    try:
+        ops = resolve(backend or config.backend, device)
+        boxes: Any = envs.obs_space.spaces
+        agent = Agent(boxes, envs.act_space, config.model, RECIPES[config.recipe], ops)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"task {config.task}: {error}") from None
+    return agent.to(device)
 
 
 def load_run(path: Path) -> SavedRun:

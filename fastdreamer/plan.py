@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -30,26 +31,41 @@ def check(config: Config) -> None:
     Raises:
         UsageError: in one line.
     """
-    learner = config.learner
-    positive = {
-        "--steps": config.steps,
-        "--num-envs": config.num_envs,
-        "--capacity": config.capacity,
-        "--learner.batch-size": learner.batch_size,
-        "--learner.batch-length": learner.batch_length,
-        "--learner.horizon": learner.horizon,
-        "--log.every": config.log.every,
-        **{
-            f"--model.{k.replace('_', '-')}": v
-            for k, v in vars(config.model).items()
-            if isinstance(v, int)
-        },
-    }
-    for option, value in positive.items():
-        if value < 1:
-            raise UsageError(f"{option} must be at least 1, got {value}")
-    if learner.replay_ratio < 0:
-        raise UsageError(f"--learner.replay-ratio must not be negative, got {learner.replay_ratio}")
+    learner, model = config.learner, config.model
+    _check_range(
+        "at least 1",
+        lambda v: v >= 1,
+        config,
+        ["steps", "num_envs", "capacity", "log.every"]
+        + [f"learner.{k}" for k in ("batch_size", "batch_length", "horizon")]
+        + [f"model.{k}" for k, v in vars(model).items() if type(v) is int],
+    )
+    _check_range("at least 2", lambda v: v >= 2, config, ["model.classes", "model.bins"])
+    _check_range(
+        "in 0..1",
+        lambda v: 0 <= v <= 1,
+        config,
+        ["model.unimix"]
+        + [f"learner.{k}" for k in ("gamma", "lam", "target_rate", "return_decay")]
+        + ["learner.return_low", "learner.return_high"],
+    )
+    _check_range(
+        "positive and finite",
+        lambda v: 0 < v < math.inf,
+        config,
+        [f"learner.{k}" for k in vars(learner) if k.startswith(("lr", "eps", "clip"))]
+        + ["learner.return_limit"],
+    )
+    _check_range(
+        "at least 0 and finite",
+        lambda v: 0 <= v < math.inf,
+        config,
+        ["seed", "threads", "eval_episodes", "learner.prefill", "learner.warmup"]
+        + [f"learner.{k}" for k in vars(learner) if k.endswith("_scale") or k.startswith("kl_")]
+        + ["learner.free_nats", "learner.replay_ratio"],
+    )
+    if learner.return_low >= learner.return_high:
+        raise UsageError("--learner.return-low must be below --learner.return-high")
     if config.model.bins % 2 == 0:
         raise UsageError(f"--model.bins must be odd, got {config.model.bins}")
     try:
@@ -58,12 +74,24 @@ def check(config: Config) -> None:
         raise UsageError(
             f"--checkpoint-every {config.checkpoint_every}: give steps (5000) or minutes (30m)"
         ) from None
-    window = learner.batch_length * config.num_envs
-    if learner.replay_ratio and learner.prefill < window:
+    needed = window(config) * config.num_envs
+    if learner.replay_ratio and learner.prefill < needed:
         raise UsageError(
-            f"--learner.prefill must be at least batch length x environments = {window}, "
+            f"--learner.prefill must be at least sequence length x environments = {needed}, "
             f"got {learner.prefill}"
         )
+    if min(config.capacity, config.steps) < needed:
+        raise UsageError(
+            f"--steps and --capacity must be at least sequence length x environments = {needed}"
+        )
+
+
+def _check_range(rule: str, valid: Callable[[Any], bool], config: Config, names: list[str]) -> None:
+    for name in names:
+        value = functools.reduce(getattr, name.split("."), config)
+        if not valid(value):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} must be {rule}, got {value}")
 
 
 def total_updates(config: Config, step: int) -> int:

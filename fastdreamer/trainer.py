@@ -30,11 +30,12 @@ from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
 from fastdreamer.envs import make_envs
+from fastdreamer.envs.check import preflight
 from fastdreamer.errors import UsageError
-from fastdreamer.evaluation import Rows, agent_policy, random_policy, run_episodes
+from fastdreamer.evaluation import Rows, agent_policy, random_policy, run_episodes, summarise
 from fastdreamer.host import keep_freed_memory
-from fastdreamer.kernels import resolve
 from fastdreamer.learner import Learner
+from fastdreamer.loading import choose_device, make_agent, read_config
 from fastdreamer.logger import Logger
 from fastdreamer.plan import check, default_logdir, describe, is_atari, total_updates, window
 from fastdreamer.recipe import RECIPES
@@ -71,7 +72,7 @@ class Trainer:
     def __init__(self, config: Config, factory: Callable[[], gymnasium.Env] | None = None):
         check(config)
         self.config, self.factory, self.recipe = config, factory, RECIPES[config.recipe]
-        self.device = _device(config)
+        self.device = choose_device(config.device)
         keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -81,6 +82,9 @@ class Trainer:
         init, learner, act, replay_seed, env = (int(s) % 2**31 for s in seeds)
         # Environments live in one thread of their own, beside which updates run.
         self.worker = ThreadPoolExecutor(1, "fastdreamer-env")
+        if not config.resume:
+            for note in self._in_worker(lambda: preflight(factory or config.task, config.env)):
+                print(f"note: {note}")
         self.envs = self._in_worker(
             lambda: make_envs(factory or config.task, config.num_envs, env, config.env)
         )
@@ -106,8 +110,8 @@ class Trainer:
         )
         self.logdir = config.logdir or default_logdir(config)
         saved = self._find_checkpoint()
-        self._write_config()
         info = self._restore(saved) if saved else {}
+        self._write_config()
         self.logger = Logger(
             self.logdir,
             config.steps,
@@ -255,17 +259,8 @@ class Trainer:
     # What the run is made of
 
     def _build(self, init_seed: int, learner_seed: int) -> tuple[Agent, Learner]:
-        try:
-            ops = resolve(self.config.backend, self.device)
-        except RuntimeError as error:
-            raise UsageError(str(error)) from None
         torch.manual_seed(init_seed)
-        try:
-            spaces = (self.envs.obs_space.spaces, self.envs.act_space)
-            agent = Agent(*spaces, self.config.model, self.recipe, ops)
-        except ValueError as error:
-            raise UsageError(f"task {self.config.task}: {error}") from None
-        agent.to(self.device)
+        agent = make_agent(self.config, self.envs, self.device)
         return agent, Learner.make(agent, self.config.learner, learner_seed)
 
     def _columns(self) -> dict[str, Column]:
@@ -337,14 +332,12 @@ class Trainer:
 
     def _check_same_run(self) -> None:
         """The log directory's run must have the same task and networks as this one."""
-        path = self.logdir / "config.json"
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        ours = to_json(self.config)
+        saved, ours = to_json(read_config(self.logdir)), to_json(self.config)
         for name in ("recipe", "task", "num_envs", "model", "env"):
-            if name in saved and saved[name] != ours[name]:
+            if saved[name] != ours[name]:
                 raise CheckpointError(
-                    f"{self.logdir} holds another run: its {name} is {saved[name]}, not "
-                    f"{ours[name]}; give a new --logdir or the same options"
+                    f"{self.logdir} holds another run: its {_difference(name, saved, ours)}; "
+                    "give a new --logdir or the same options"
                 )
 
     def _restore(self, saved: Checkpoint) -> Mapping[str, Any]:
@@ -380,27 +373,29 @@ class Trainer:
 
         agent = scores(lambda envs: agent_policy(self.agent, envs.num_envs, seed))
         random = scores(lambda envs: random_policy(envs, seed))
-        result = {"step": self.step, "scores": agent, "mean": float(np.mean(agent))}
-        result |= {"random_scores": random, "random_mean": float(np.mean(random))}
+        ours, chance = summarise(agent), summarise(random)
+        result = {"step": self.step, "scores": agent, "mean": ours.mean}
+        result |= {"random_scores": random, "random_mean": chance.mean}
         (self.logdir / "evaluation.json").write_text(json.dumps(result) + "\n")
         print(
-            f"evaluation over {count} episodes: mean {result['mean']:.4g}, "
-            f"standard deviation {np.std(agent):.3g}; random actions: {result['random_mean']:.4g}"
+            f"evaluation over {count} episodes: mean {ours.mean:.4g}; "
+            f"random actions: {chance.mean:.4g}"
         )
         return result
+
+
+def _difference(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs in one field, or in the first differing field of a group."""
+    a, b = saved[name], ours[name]
+    if isinstance(a, dict):
+        key = next(k for k in b if a[k] != b[k])
+        name, a, b = f"{name}.{key}", a[key], b[key]
+    return f"{name} is {a}, not {b}"
 
 
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as plain values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this PyTorch sees no GPU; use --device cpu or auto")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:
