@@ -7,6 +7,7 @@ from pathlib import Path
 BEST = 1.0  # Catch: the ball is caught
 
 result = json.loads((Path(sys.argv[1]) / "evaluation.json").read_text())
-covered = (result["mean"] - result["random_mean"]) / (BEST - result["random_mean"])
-print(f"demo: {covered:.0%} of the way over {len(result['scores'])} episodes")
+mean, chance = result["agent"]["mean"], result["random"]["mean"]
+covered = (mean - chance) / (BEST - chance)
+print(f"demo: {covered:.0%} of the way over {len(result['agent']['scores'])} episodes")
 sys.exit(covered < 0.9)

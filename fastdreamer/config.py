@@ -123,6 +123,11 @@ class LogConfig:
     """Show a progress bar."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    video_every: int = 5_000
+    """Environment steps between two videos of imagined, true and reconstructed frames in
+    TensorBoard; 0: none."""
+    wandb: str = ""
+    """Weights & Biases project that TensorBoard events are synced to; needs the wandb package."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastdreamer.agent import Agent
     from fastdreamer.evaluation import Policy
     from fastdreamer.imagination import Prediction
+    from fastdreamer.replay import Replay
 
 PLAYED = 500
 """Steps played beyond an example's length, from which its start is drawn."""
@@ -159,6 +160,36 @@ def dream_frames(
 
     predicted = predict(agent, obs, action, is_first, reward, context, seed)
     return draw(predicted, action_names, scale)
+
+
+def replay_frames(
+    agent: Agent,
+    replay: Replay,
+    rng: np.random.Generator,
+    length: int,
+    examples: int = 3,
+    action_names: Sequence[str] | None = None,
+) -> np.ndarray | None:
+    """The video of replayed sequences within one episode each, for a run in progress.
+
+    Args:
+        rng: draws the sequences, so that the replay's own draws stay as they are.
+        length: T, halved until sequences without a reset are found.
+
+    Returns:
+        As :func:`dream_frames`; None where no sequence of at least 8 steps is found.
+    """
+    while length >= 8:
+        index = replay.choose(rng, 32 * examples, length)
+        rows = replay.gather(index, length)
+        whole = ~rows["is_first"][:, 1:].any(1)
+        if whole.sum() >= examples:
+            rows = {k: v[whole][:examples] for k, v in rows.items()}
+            obs = {k: rows[k] for k in agent.obs_space}
+            inputs = (rows["action"], rows["is_first"], rows["reward"])
+            return dream_frames(agent, obs, *inputs, action_names=action_names)
+        length //= 2
+    return None
 
 
 def draw(

@@ -19,6 +19,7 @@ Policy = Callable[[Rows], np.ndarray]
 class Summary:
     """Statistics of the scores of episodes."""
 
+    scores: list[float]
     mean: float
     std: float | None
     """Standard deviation of the sample; None for one episode."""
@@ -30,10 +31,11 @@ def summarise(scores: list[float], resamples: int = 10_000, seed: int = 0) -> Su
     """Mean, standard deviation and percentile bootstrap interval of at least one score."""
     values = np.asarray(scores)
     if len(values) == 1:
-        return Summary(float(values[0]), None, None)
+        return Summary(list(scores), float(values[0]), None, None)
     draws = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Summary(float(values.mean()), float(values.std(ddof=1)), (float(low), float(high)))
+    interval = (float(low), float(high))
+    return Summary(list(scores), float(values.mean()), float(values.std(ddof=1)), interval)
 
 
 def run_episodes(
@@ -59,6 +61,17 @@ def run_episodes(
             scores[i].append(float(returns[i]))
             returns[i] = 0
     return [score for round_ in zip(*scores, strict=False) for score in round_][:episodes]
+
+
+def play(
+    make: Callable[[], VectorEnv], policy: Callable[[VectorEnv], Policy], episodes: int
+) -> list[float]:
+    """Scores of ``episodes`` episodes in environments made for them."""
+    envs = make()
+    try:
+        return run_episodes(envs, policy(envs), episodes)
+    finally:
+        envs.close()
 
 
 def random_policy(envs: VectorEnv, seed: int) -> Policy:

@@ -142,6 +142,35 @@ def read_config(logdir: Path) -> Config:
     return from_json(Config, values, str(path))
 
 
+def _difference(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs in one field, or in the first differing field of a group."""
+    a, b = saved[name], ours[name]
+    if isinstance(a, dict):
+        key = next(k for k in b if a[k] != b[k])
+        name, a, b = f"{name}.{key}", a[key], b[key]
+    return f"{name} is {a}, not {b}"
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as plain values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def check_same_run(logdir: Path, config: Config) -> None:
+    """The run in ``logdir`` must have the same task and networks as ``config``.
+
+    Raises:
+        CheckpointError: it has not; the message names the first difference.
+    """
+    saved, ours = to_json(read_config(logdir)), to_json(config)
+    for name in ("recipe", "task", "num_envs", "model", "env"):
+        if saved[name] != ours[name]:
+            raise CheckpointError(
+                f"{logdir} holds another run: its {_difference(name, saved, ours)}; "
+                "give a new --logdir or the same options"
+            )
+
+
 def from_json(kind: type[T], values: Any, source: str) -> T:
     """A dataclass from the plain values of its fields; absent fields keep their defaults.
 

@@ -7,8 +7,15 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
+
+from fastdreamer.errors import UsageError
+from fastdreamer.video import gif_bytes
+
+VIDEO_FPS = 8
 
 
 class Logger:
@@ -85,9 +92,40 @@ class Logger:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
+    def video(self, step: int, name: str, frames: np.ndarray) -> None:
+        """Show frames (T, H, W, 3) uint8 in TensorBoard, as an animated GIF among its images."""
+        if self._writer is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        height, width = frames.shape[1:3]
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=3,
+            encoded_image_string=gif_bytes(frames, VIDEO_FPS),
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._writer._get_file_writer().add_summary(summary, step)
+
     def close(self) -> None:
         """Flush and close all outputs."""
         self._bar.close()
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def sync_wandb(project: str, logdir: Path, config: Mapping[str, Any], tensorboard: bool) -> None:
+    """Start a Weights & Biases run that mirrors the TensorBoard events.
+
+    Raises:
+        UsageError: wandb is not installed, or TensorBoard is off.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError("--log.wandb needs the wandb package: pip install wandb") from None
+    if not tensorboard:
+        raise UsageError("--log.wandb mirrors TensorBoard: leave out --log.no-tensorboard")
+    wandb.init(project=project, name=logdir.name, config=dict(config), sync_tensorboard=True)

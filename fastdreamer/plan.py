@@ -60,7 +60,7 @@ def check(config: Config) -> None:
         "at least 0 and finite",
         lambda v: 0 <= v < math.inf,
         config,
-        ["seed", "threads", "eval_episodes", "learner.prefill", "learner.warmup"]
+        ["seed", "threads", "eval_episodes", "log.video_every", "learner.prefill", "learner.warmup"]
         + [f"learner.{k}" for k in vars(learner) if k.endswith("_scale") or k.startswith("kl_")]
         + ["learner.free_nats", "learner.replay_ratio"],
     )

@@ -159,12 +159,15 @@ class Replay:
             raise ValueError(
                 f"no window of {length} steps yet: each stream holds {self._head} rows"
             )
-        starts = self._head - self._oldest - length + 1
         fresh = self._take_fresh(batch_size) if length == self._online else []
-        count = batch_size - len(fresh)
-        pick = self._rng.integers(0, starts * self.num_streams, count, dtype=np.int64)
-        drawn = np.stack([pick // starts, self._oldest + pick % starts], axis=1)
+        drawn = self.choose(self._rng, batch_size - len(fresh), length)
         return np.concatenate([np.array(fresh, np.int64).reshape(-1, 2), drawn])
+
+    def choose(self, rng: np.random.Generator, count: int, length: int) -> NDArray[np.int64]:
+        """Windows as of :meth:`draw`, uniformly by another generator: nothing here changes."""
+        starts = self._head - self._oldest - length + 1
+        pick = rng.integers(0, starts * self.num_streams, count, dtype=np.int64)
+        return np.stack([pick // starts, self._oldest + pick % starts], axis=1)
 
     def _take_fresh(self, limit: int) -> list[tuple[int, int]]:
         """Up to `limit` windows of the online queue that are still stored."""

@@ -7,13 +7,13 @@ while the environments step.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,14 +29,15 @@ from fastdreamer import checkpoint, replay
 from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
+from fastdreamer.dream import replay_frames
 from fastdreamer.envs import make_envs
 from fastdreamer.envs.check import preflight
 from fastdreamer.errors import UsageError
-from fastdreamer.evaluation import Rows, agent_policy, random_policy, run_episodes, summarise
+from fastdreamer.evaluation import Rows, agent_policy, play, random_policy, summarise
 from fastdreamer.host import keep_freed_memory
 from fastdreamer.learner import Learner
-from fastdreamer.loading import choose_device, make_agent, read_config
-from fastdreamer.logger import Logger
+from fastdreamer.loading import check_same_run, choose_device, make_agent, to_json
+from fastdreamer.logger import Logger, sync_wandb
 from fastdreamer.plan import check, default_logdir, describe, is_atari, total_updates, window
 from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Column, Replay
@@ -112,6 +113,8 @@ class Trainer:
         saved = self._find_checkpoint()
         info = self._restore(saved) if saved else {}
         self._write_config()
+        if config.log.wandb:
+            sync_wandb(config.log.wandb, self.logdir, to_json(config), config.log.tensorboard)
         self.logger = Logger(
             self.logdir,
             config.steps,
@@ -170,6 +173,7 @@ class Trainer:
             rows = self._end(stepped.result())
             self.logger.advance(self.config.num_envs)
             self._track(rows)
+            self._film()
             if self._save_due():
                 self.save()
         self.save()
@@ -256,6 +260,20 @@ class Trainer:
             self.logger.episode(self.step, self.learner.updates, score, length)
             self.returns[i] = self.lengths[i] = 0
 
+    def _film(self) -> None:
+        """Now and then show in TensorBoard what the agent imagines of replayed sequences."""
+        every, log = self.config.log.video_every, self.config.log
+        crossed = every and self.step // every > (self.step - self.config.num_envs) // every
+        if not (crossed and log.tensorboard and self.learner.updates):
+            return
+        if not self.agent.world_model.decoder.images:
+            return
+        rng = np.random.default_rng(self.step)
+        length, names = self.config.learner.batch_length, self.envs.action_names
+        frames = replay_frames(self.agent, self.replay, rng, length, action_names=names)
+        if frames is not None:
+            self.logger.video(self.step, "dream", frames)
+
     # What the run is made of
 
     def _build(self, init_seed: int, learner_seed: int) -> tuple[Agent, Learner]:
@@ -327,18 +345,8 @@ class Trainer:
         if not found and self.config.resume:
             raise CheckpointError(f"--resume: no checkpoint in {self.logdir / 'checkpoints'}")
         if found:
-            self._check_same_run()
+            check_same_run(self.logdir, self.config)
         return found[-1] if found else None
-
-    def _check_same_run(self) -> None:
-        """The log directory's run must have the same task and networks as this one."""
-        saved, ours = to_json(read_config(self.logdir)), to_json(self.config)
-        for name in ("recipe", "task", "num_envs", "model", "env"):
-            if saved[name] != ours[name]:
-                raise CheckpointError(
-                    f"{self.logdir} holds another run: its {_difference(name, saved, ours)}; "
-                    "give a new --logdir or the same options"
-                )
 
     def _restore(self, saved: Checkpoint) -> Mapping[str, Any]:
         state = saved.load(self.device)
@@ -363,39 +371,16 @@ class Trainer:
         """Scores of the trained agent and of random actions, written to evaluation.json."""
         config, count = self.config, self.config.eval_episodes
         task, seed = self.factory or config.task, config.seed + 1_000_000
-
-        def scores(policy: Callable[..., Any]) -> list[float]:
-            envs = make_envs(task, config.num_envs, seed, config.env)
-            try:
-                return run_episodes(envs, policy(envs), count)
-            finally:
-                envs.close()
-
-        agent = scores(lambda envs: agent_policy(self.agent, envs.num_envs, seed))
-        random = scores(lambda envs: random_policy(envs, seed))
-        ours, chance = summarise(agent), summarise(random)
-        result = {"step": self.step, "scores": agent, "mean": ours.mean}
-        result |= {"random_scores": random, "random_mean": chance.mean}
+        make = partial(make_envs, task, config.num_envs, seed, config.env)
+        agent = summarise(play(make, lambda e: agent_policy(self.agent, e.num_envs, seed), count))
+        chance = summarise(play(make, lambda e: random_policy(e, seed), count))
+        result = {"step": self.step, "agent": vars(agent), "random": vars(chance)}
         (self.logdir / "evaluation.json").write_text(json.dumps(result) + "\n")
         print(
-            f"evaluation over {count} episodes: mean {ours.mean:.4g}; "
+            f"evaluation over {count} episodes: mean {agent.mean:.4g}; "
             f"random actions: {chance.mean:.4g}"
         )
         return result
-
-
-def _difference(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What differs in one field, or in the first differing field of a group."""
-    a, b = saved[name], ours[name]
-    if isinstance(a, dict):
-        key = next(k for k in b if a[k] != b[k])
-        name, a, b = f"{name}.{key}", a[key], b[key]
-    return f"{name} is {a}, not {b}"
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The configuration as plain values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,6 +43,13 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     return image.repeat(scale, -3).repeat(scale, -2)
 
 
+def gif_bytes(frames: Sequence[np.ndarray] | np.ndarray, fps: float) -> bytes:
+    """Frames (H, W, 3) uint8 as the bytes of an endless .gif."""
+    file = io.BytesIO()
+    _write_gif(file, iter(frames), frames[:: -(-len(frames) // 32)], 10 * round(100 / fps))
+    return file.getvalue()
+
+
 def write_video(
     path: Path, frames: Sequence[np.ndarray] | np.ndarray, fps: float, scale: int = 1
 ) -> None:
@@ -63,7 +72,10 @@ def write_video(
 
 
 def _write_gif(
-    path: Path, frames: Iterable[np.ndarray], sample: Iterable[np.ndarray], milliseconds: int
+    file: Path | BinaryIO,
+    frames: Iterable[np.ndarray],
+    sample: Iterable[np.ndarray],
+    milliseconds: int,
 ) -> None:
     """One palette, from ``sample``, serves all frames: no flicker, and a smaller file.
 
@@ -76,4 +88,6 @@ def _write_gif(
         Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
     )
     first = next(images)
-    first.save(path, save_all=True, append_images=images, duration=milliseconds, loop=0)
+    first.save(
+        file, format="GIF", save_all=True, append_images=images, duration=milliseconds, loop=0
+    )

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import gymnasium
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastdreamer
 from fastdreamer import checkpoint
@@ -64,10 +66,14 @@ def test_same_seed_same_curve(tmp_path):
 
 
 def test_run_directory(tmp_path):
-    trainer = run(tmp_path, "--steps", "100", "--log.tensorboard")
+    trainer = run(tmp_path, "--steps", "100", "--log.tensorboard", "--log.video-every", "90")
     names = {p.name for p in tmp_path.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "replay"} <= names
-    assert any(name.startswith("events.out.tfevents") for name in names)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "loss/world_model" in events.Tags()["scalars"]
+    (dream,) = events.Images("dream")
+    assert dream.step == 90
+    assert len(iio.imread(dream.encoded_image_string)) >= 8
     assert len(checkpoint.find_all(tmp_path / "checkpoints")) == 1
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["learner"]["horizon"] == 5
