@@ -41,8 +41,9 @@ $(VENV)/.torch:
 	@if $(PYTHON) -c '$(CHECK_TORCH)'; then \
 		$(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-		$(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install $(TORCH); \
+		$(PYTHON) -m venv $(VENV); \
 	fi
+	@$(VENV)/bin/python -c '$(CHECK_TORCH)' || $(VENV)/bin/python -m pip install $(TORCH)
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch $(SOURCES)

@@ -39,11 +39,18 @@ def train(
     from fastdreamer.cli import parse_config
     from fastdreamer.trainer import Trainer
 
-    argv = [] if task is None else ["--task", task if isinstance(task, str) else "custom"]
-    for name, value in options.items():
-        option = name.replace("_", "-")
+    name = task if task is None or isinstance(task, str) else _factory_name(task)
+    argv = [] if name is None else ["--task", name]
+    for key, value in options.items():
+        option = key.replace("_", "-")
         argv += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else []
         argv += [] if isinstance(value, bool) else [f"--{option}", str(value)]
     factory = None if task is None or isinstance(task, str) else task
     with Trainer(parse_config([*argv, *args]), factory) as trainer:
         return trainer.run()
+
+
+def _factory_name(factory: Callable[[], gymnasium.Env]) -> str:
+    """How a run on the environments of a Python function is called."""
+    module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
+    return f"custom:{module}.{name or type(factory).__qualname__}"

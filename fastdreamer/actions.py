@@ -47,6 +47,9 @@ class ActionSpec:
         named = self.spaces or {"action": space}
         self.parts = [part for name, sub in named.items() for part in _parts(name, sub)]
         self.sizes = [part.size for part in self.parts]
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the names of the action's parts are not unique: {names}")
         self.size = sum(self.sizes)
 
     @property
@@ -90,7 +93,7 @@ def _parts(name: str, space: gymnasium.Space[Any]) -> list[Part]:
         return [Part(name, int(space.n), True)]
     if isinstance(space, MultiDiscrete) and space.nvec.ndim == 1:
         return [Part(f"{name}{i}", int(n), True) for i, n in enumerate(space.nvec)]
-    if isinstance(space, Box) and np.isfinite([space.low, space.high]).all():
+    if isinstance(space, Box) and (_width(space) > 0).all() and np.isfinite(_width(space)).all():
         return [Part(name, int(np.prod(space.shape)), False)]
     raise ValueError(
         f"action space {name}: {space} is not supported; Discrete, MultiDiscrete, bounded Box and "
@@ -98,14 +101,20 @@ def _parts(name: str, space: gymnasium.Space[Any]) -> list[Part]:
     )
 
 
+def _width(space: Box) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return space.high.astype(np.float64) - space.low.astype(np.float64)
+
+
 def _encode(action: np.ndarray, space: gymnasium.Space[Any]) -> np.ndarray:
     if isinstance(space, Discrete):
         return np.eye(int(space.n), dtype=np.float32)[action - space.start]
     if isinstance(space, MultiDiscrete):
-        columns = [np.eye(int(n))[action[:, i]] for i, n in enumerate(space.nvec)]
+        index = action - space.start
+        columns = [np.eye(int(n))[index[:, i]] for i, n in enumerate(space.nvec)]
         return np.concatenate(columns, -1)
     assert isinstance(space, Box)
-    unit = 2 * (action - space.low) / (space.high - space.low) - 1
+    unit = 2 * (action.astype(np.float64) - space.low) / _width(space) - 1
     return unit.reshape(len(action), -1)
 
 
@@ -114,10 +123,13 @@ def _decode(vector: np.ndarray, space: gymnasium.Space[Any]) -> np.ndarray:
         return vector.argmax(-1) + space.start
     if isinstance(space, MultiDiscrete):
         pieces = np.split(vector, np.cumsum(space.nvec)[:-1], -1)
-        return np.stack([piece.argmax(-1) for piece in pieces], -1)
+        return np.stack([piece.argmax(-1) for piece in pieces], -1) + space.start
     assert isinstance(space, Box)
     unit = vector.clip(-1, 1).reshape(len(vector), *space.shape)
-    return ((unit + 1) / 2 * (space.high - space.low) + space.low).astype(space.dtype)
+    value = (unit + 1) / 2 * _width(space) + space.low
+    if np.issubdtype(space.dtype, np.integer):
+        value = np.rint(value)
+    return value.astype(space.dtype).clip(space.low, space.high)
 
 
 class Categorical:

@@ -84,6 +84,16 @@ class Actor(nn.Module):
         return self(feat).sample(noise)
 
 
+RESERVED = {"dyn", "rep", "cont", "reward", "policy", "value", "deter", "stoch", "step_id"}
+
+
+def _check_names(names: list[str]) -> None:
+    """Names of observations and actions also name losses, replay columns and modules."""
+    for name in names:
+        if name in RESERVED or "." in name or not name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"{name!r} cannot name an observation or action here: rename it")
+
+
 def _policy_head(units: int, size: int, recipe: Recipe) -> Linear:
     head = Linear(units, size, recipe)
     initialise(head.weight.data, units, size, recipe, output_init(recipe)).mul_(recipe.policy_scale)
@@ -122,6 +132,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         self.spec = ActionSpec(act_space)
+        _check_names([*obs_space, *(part.name for part in self.spec.parts)])
         if recipe.name == "2023" and (len(self.spec.parts) > 1 or not self.spec.discrete):
             raise ValueError(
                 f"recipe 2023 supports one Discrete action, not {act_space}; recipe 2025 does"

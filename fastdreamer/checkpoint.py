@@ -8,6 +8,7 @@ pairs count, so a crash while saving leaves the one before it in force.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -47,8 +48,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != self.info["sha256"]:
             raise CheckpointError(f"{self.path} is damaged: its checksum does not match")
-        del data
-        return torch.load(self.path, map_location=map_location, weights_only=True)
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any]) -> Checkpoint:
@@ -61,18 +61,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, A
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:010d}.pt"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    partial.rename(path)
-    info = {**info, "step": step, "sha256": digest}
-    _write_json(path.with_suffix(".json"), info)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_atomically(path, buffer.getbuffer())
+    info = {**info, "step": step, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
+    write_json(path.with_suffix(".json"), info)
     for old in find_all(folder)[:-KEEP]:
         old.path.with_suffix(".json").unlink()
         old.path.unlink()
+    for left in folder.glob("checkpoint-*"):  # of saves that were killed
+        if left.suffix == ".partial" or not left.with_suffix(".json").exists():
+            left.unlink()
     return Checkpoint(path, info)
 
 
@@ -102,13 +101,22 @@ def _read_info(path: Path) -> dict[str, Any]:
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".json.partial")
-    with partial.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def write_json(path: Path, value: Any) -> None:
+    """Plain values as JSON, complete or not at all."""
+    write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file beside its place, bring it to the disk, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

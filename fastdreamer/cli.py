@@ -30,10 +30,12 @@ def parse_config(args: Sequence[str]) -> Config:
     config = PRESETS[preset]
     recipe = _choice(args, "--recipe", SIZES, config.recipe)
     if recipe != config.recipe:
-        raise UsageError(
-            f"preset {preset} is of recipe {config.recipe}; of recipe {recipe} are "
-            + ", ".join(name for name, p in PRESETS.items() if p.recipe == recipe)
-        )
+        if f"{preset}-{recipe}" not in PRESETS:
+            raise UsageError(
+                f"preset {preset} is of recipe {config.recipe}; of recipe {recipe} are "
+                + ", ".join(name for name, p in PRESETS.items() if p.recipe == recipe)
+            )
+        config = PRESETS[f"{preset}-{recipe}"]
     size = _choice(args, "--size", SIZES[recipe], config.size)
     default = dataclasses.replace(config, size=size, model=SIZES[recipe][size])
     return parse(Config, args, "python -m fastdreamer.train", default)
@@ -74,6 +76,8 @@ def run(program: Callable[[], Any]) -> NoReturn:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0)
 
 

@@ -58,7 +58,7 @@ class LearnerConfig:
     replay_ratio: float = 1.0
     """Updates per environment step, exact over a run."""
     prefill: int = 1024
-    """Environment steps of uniformly random actions before the first update."""
+    """Environment steps before the first update; recipe 2023 acts uniformly at random in them."""
     gamma: float = 1 - 1 / 333
     """Discount factor."""
     lam: float = 0.95
@@ -84,23 +84,23 @@ class LearnerConfig:
     return_limit: float = 1.0
     """Smallest return range that advantages are divided by."""
     lr_world_model: float = 1e-4
-    """Adam learning rate of the world model."""
+    """Adam learning rate of the world model (recipe 2023)."""
     lr_actor: float = 3e-5
-    """Adam learning rate of the actor."""
+    """Adam learning rate of the actor (recipe 2023)."""
     lr_critic: float = 3e-5
-    """Adam learning rate of the critic."""
+    """Adam learning rate of the critic (recipe 2023)."""
     eps_world_model: float = 1e-8
-    """Adam epsilon of the world model."""
+    """Adam epsilon of the world model (recipe 2023)."""
     eps_actor: float = 1e-5
-    """Adam epsilon of the actor."""
+    """Adam epsilon of the actor (recipe 2023)."""
     eps_critic: float = 1e-5
-    """Adam epsilon of the critic."""
+    """Adam epsilon of the critic (recipe 2023)."""
     clip_world_model: float = 1000.0
-    """Largest global gradient norm of the world model."""
+    """Largest global gradient norm of the world model (recipe 2023)."""
     clip_actor: float = 100.0
-    """Largest global gradient norm of the actor."""
+    """Largest global gradient norm of the actor (recipe 2023)."""
     clip_critic: float = 100.0
-    """Largest global gradient norm of the critic."""
+    """Largest global gradient norm of the critic (recipe 2023)."""
     lr: float = 4e-5
     """Learning rate of everything (recipe 2025)."""
     eps: float = 1e-20
@@ -160,13 +160,13 @@ class Config:
     deterministic: bool = False
     """Only deterministic algorithms, so that the same seed gives the same curve."""
     resume: bool = False
-    """Continue the run in the log directory from its checkpoint."""
+    """Insist on a checkpoint in the log directory; where there is one, a run always continues."""
     checkpoint_every: str = "30m"
     """Between checkpoints: environment steps (5000) or minutes (30m)."""
     capacity: int = 1_000_000
     """Steps the replay holds (at most the run's steps are allocated)."""
     eval_episodes: int = 0
-    """Episodes to evaluate after training; their mean score is printed and logged."""
+    """Episodes to evaluate after training, of the agent and of random actions: evaluation.json."""
     env: EnvOptions = field(default_factory=EnvOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

@@ -74,6 +74,17 @@ def play(
         envs.close()
 
 
+def compare_with_random(
+    agent: Agent, make: Callable[[], VectorEnv], episodes: int, seed: int
+) -> dict[str, Summary]:
+    """Statistics of "agent" and of "random" actions in environments that ``make`` makes."""
+    policies: dict[str, Callable[[VectorEnv], Policy]] = {
+        "agent": lambda envs: agent_policy(agent, envs.num_envs, seed),
+        "random": lambda envs: random_policy(envs, seed),
+    }
+    return {name: summarise(play(make, policy, episodes)) for name, policy in policies.items()}
+
+
 def random_policy(envs: VectorEnv, seed: int) -> Policy:
     """Uniformly random actions."""
     from gymnasium.vector.utils import batch_space

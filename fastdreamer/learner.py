@@ -206,7 +206,7 @@ class Learner:
             conts[:, 0] = cont
         values = ops.twohot_mean(self.agent.critic(feat), bins)
         discount = gamma * conts
-        lam = discount.new_tensor(config.lam).expand_as(rewards[:, 1:])
+        lam = discount.new_full((), config.lam).expand_as(rewards[:, 1:])
         returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
         advantage = (returns - values[:, :-1]) / self.scale(returns)
         weight = discount.cumprod(1) / gamma

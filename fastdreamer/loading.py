@@ -48,7 +48,7 @@ class SavedRun:
         Raises:
             TaskError: they cannot be made.
         """
-        if factory is None and self.config.task == "custom":
+        if factory is None and self.config.task.startswith("custom:"):
             raise CheckpointError(
                 f"{self.path} was trained on environments of a Python function: "
                 "load it from Python with that factory"
@@ -63,7 +63,7 @@ class SavedRun:
             UsageError: the action space or the device is not supported.
         """
         agent = make_agent(self.config, envs, device, backend="auto")
-        _check_weights(self.path, agent.state_dict(), self.weights)
+        check_weights(self.path, agent.state_dict(), self.weights)
         agent.load_state_dict(dict(self.weights))
         return agent.eval().requires_grad_(False)
 
@@ -163,7 +163,11 @@ def check_same_run(logdir: Path, config: Config) -> None:
         CheckpointError: it has not; the message names the first difference.
     """
     saved, ours = to_json(read_config(logdir)), to_json(config)
-    for name in ("recipe", "task", "num_envs", "model", "env"):
+    for values in (saved, ours):
+        learner = values["learner"]
+        values |= {k: learner[k] for k in ("replay_ratio", "prefill")}
+        del values["env"]["num_threads"]
+    for name in ("recipe", "task", "num_envs", "model", "env", "replay_ratio", "prefill"):
         if saved[name] != ours[name]:
             raise CheckpointError(
                 f"{logdir} holds another run: its {_difference(name, saved, ours)}; "
@@ -246,7 +250,8 @@ def _find(path: Path) -> Checkpoint:
     return found[-1]
 
 
-def _check_weights(path: Path, ours: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def check_weights(path: Path, ours: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Saved parameters must have our names and shapes; CheckpointError if not."""
     reason = ""
     if unlike := sorted(ours.keys() ^ saved.keys()):
         reason = f"it {'also has' if unlike[0] in saved else 'lacks'} {unlike[0]}"

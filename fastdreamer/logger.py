@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fastdreamer.config import LogConfig
 from fastdreamer.errors import UsageError
 from fastdreamer.video import gif_bytes
 
@@ -27,7 +30,11 @@ class Logger:
         step: steps already done (a resumed run).
         elapsed: seconds already spent (a resumed run).
         keep_bytes: what of an existing metrics.jsonl belongs to the run (a resumed run).
-        tensorboard, progress: switch those outputs off.
+        log: which outputs are wanted.
+        config: shown by Weights & Biases.
+
+    Raises:
+        UsageError: wandb is asked for but not installed, or without TensorBoard.
     """
 
     def __init__(
@@ -37,19 +44,22 @@ class Logger:
         step: int = 0,
         elapsed: float = 0.0,
         keep_bytes: int = 0,
-        tensorboard: bool = True,
-        progress: bool = True,
+        log: LogConfig | None = None,
+        config: Mapping[str, Any] | None = None,
     ):
+        log = log or LogConfig()
+        self._wandb = _sync_wandb(log, logdir, config or {}) if log.wandb else None
         self._file = (logdir / "metrics.jsonl").open("ab", buffering=0)
-        self._file.truncate(keep_bytes)
+        self._file.truncate(min(keep_bytes, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
         self._writer = None
-        if tensorboard:
+        if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Events of a resumed run after the checkpoint's step are hidden by purge_step.
-            self._writer = SummaryWriter(str(logdir), purge_step=step or None)
+            # A resumed run hides the events after its checkpoint.
+            self._writer = SummaryWriter(str(logdir), purge_step=step + 1 if step else None)
         self._bar = tqdm(
-            total=total, initial=step, unit="step", disable=not progress, smoothing=0.05
+            total=total, initial=step, unit="step", disable=not log.progress, smoothing=0.05
         )
         self._scores: deque[float] = deque(maxlen=20)
         self._start = time.monotonic() - elapsed
@@ -60,9 +70,9 @@ class Logger:
         """Seconds since the run started, over all its resumptions."""
         return time.monotonic() - self._start
 
-    @property
-    def bytes_written(self) -> int:
-        """Size of metrics.jsonl: a resumed run continues from there."""
+    def sync(self) -> int:
+        """Bring metrics.jsonl to the disk; its size, from where a resumed run continues."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     @property
@@ -114,18 +124,29 @@ class Logger:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def sync_wandb(project: str, logdir: Path, config: Mapping[str, Any], tensorboard: bool) -> None:
-    """Start a Weights & Biases run that mirrors the TensorBoard events.
-
-    Raises:
-        UsageError: wandb is not installed, or TensorBoard is off.
-    """
+def _sync_wandb(log: LogConfig, logdir: Path, config: Mapping[str, Any]) -> Any:
+    """A Weights & Biases run that mirrors the TensorBoard events; a resumed run continues it."""
     try:
         import wandb
     except ImportError:
         raise UsageError("--log.wandb needs the wandb package: pip install wandb") from None
-    if not tensorboard:
+    if not log.tensorboard:
         raise UsageError("--log.wandb mirrors TensorBoard: leave out --log.no-tensorboard")
-    wandb.init(project=project, name=logdir.name, config=dict(config), sync_tensorboard=True)
+    return wandb.init(
+        project=log.wandb,
+        name=logdir.name,
+        id=f"{zlib.crc32(str(logdir.resolve()).encode()):08x}",
+        resume="allow",
+        config=dict(config),
+        sync_tensorboard=True,
+    )

@@ -188,7 +188,7 @@ def image_stages(size: Sequence[int], recipe: Recipe, mults: Sequence[int]) -> t
         rule = "16, 32, 64 or 128 pixels"
     else:
         stages = len(mults)
-        valid = height == width and height % 2**stages == 0 and 16 <= height <= 128
+        valid = stages > 0 and height == width and height % 2**stages == 0 and 16 <= height <= 128
         rule = f"multiples of {2**stages} pixels from 16 to 128"
     if not valid:
         raise ValueError(f"images must be square with a side of {rule}, not {height} x {width}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastdreamer
-from fastdreamer.config import Config
+from fastdreamer.config import Config, LearnerConfig
 from fastdreamer.errors import UsageError
+from fastdreamer.kernels import Ops
 from fastdreamer.learner import Learner
 from fastdreamer.recipe import RECIPES
+from fastdreamer.stored import unpack
 
 if TYPE_CHECKING:
     from fastdreamer.trainer import Trainer
@@ -64,6 +68,7 @@ def check(config: Config) -> None:
         + [f"learner.{k}" for k in vars(learner) if k.endswith("_scale") or k.startswith("kl_")]
         + ["learner.free_nats", "learner.replay_ratio"],
     )
+    _check_recipe(config)
     if learner.return_low >= learner.return_high:
         raise UsageError("--learner.return-low must be below --learner.return-high")
     if config.model.bins % 2 == 0:
@@ -94,6 +99,25 @@ def _check_range(rule: str, valid: Callable[[Any], bool], config: Config, names:
             raise UsageError(f"--{option} must be {rule}, got {value}")
 
 
+ONE_RECIPE = {
+    "2023": [f"{k}_{m}" for k in ("lr", "eps", "clip") for m in ("world_model", "actor", "critic")],
+    "2025": ["lr", "eps", "warmup", "clip_adaptive", "replay_value_scale"],
+}
+"""Learner options that only one recipe has."""
+
+
+def _check_recipe(config: Config) -> None:
+    """Refuse options of the other recipe, and latents that the replay cannot store."""
+    for recipe, names in ONE_RECIPE.items():
+        for name in names:
+            changed = getattr(config.learner, name) != getattr(LearnerConfig(), name)
+            if changed and recipe != config.recipe:
+                option = f"--learner.{name.replace('_', '-')}"
+                raise UsageError(f"{option} is of recipe {recipe}; this run is of {config.recipe}")
+    if RECIPES[config.recipe].joint and config.model.classes > 256:
+        raise UsageError(f"--model.classes must be at most 256, got {config.model.classes}")
+
+
 def total_updates(config: Config, step: int) -> int:
     """Updates that the train ratio owes by environment step ``step``."""
     learner = config.learner
@@ -107,7 +131,7 @@ def window(config: Config) -> int:
 
 def default_logdir(config: Config) -> Path:
     """runs/<preset>-<task>-<size>-seed<seed>."""
-    task = config.task.replace(":", "-").replace("/", "-")
+    task = re.sub(r"[^\w.-]+", "-", config.task)
     return Path("runs") / f"{config.preset}-{task}-{config.size}-seed{config.seed}"
 
 
@@ -117,7 +141,7 @@ def describe(trainer: Trainer) -> str:
     size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     steps = config.steps - trainer.step
     updates = total_updates(config, config.steps) - trainer.learner.updates
-    frames = f" of {config.env.action_repeat} frames" if is_atari(config.task) else ""
+    frames = f" of {config.env.action_repeat} frames" if trainer.envs.is_atari else ""
     resumed = f" from step {trainer.step:,} on" if trainer.step else ""
     kind = "" if RECIPES[config.recipe].joint else "random "
     lines = [
@@ -126,7 +150,7 @@ def describe(trainer: Trainer) -> str:
         f"recipe {config.recipe}, size {config.size} ({size / 1e6:.1f} M parameters), "
         f"{updates:,} updates of {learner.batch_size} x {learner.batch_length} "
         f"(replay ratio {learner.replay_ratio:g} after {learner.prefill:,} {kind}steps)",
-        f"device {trainer.device} ({_device_name(trainer.device)}), kernels {agent.ops.backend}, "
+        f"device {trainer.device} ({_device_name(trainer.device)}), kernels {_served(agent.ops)}, "
         f"log directory {trainer.logdir}",
     ]
     update, act = _measure(trainer)
@@ -143,13 +167,19 @@ def describe(trainer: Trainer) -> str:
     return "\n".join(lines)
 
 
+def _served(ops: Ops) -> str:
+    """Which backend serves how many of the operators."""
+    counts = Counter(ops.served_by.values())
+    return ", ".join(f"{backend} ({count} operators)" for backend, count in counts.items())
+
+
 def _measure(trainer: Trainer) -> tuple[float, float]:
     """Seconds of one update and of one policy step, on a copy of the agent."""
     agent, config = copy.deepcopy(trainer.agent), trainer.config
     learner = Learner.make(agent, config.learner)
     rows = trainer.replay.allocate(config.learner.batch_size, window(config))
     batch = {k: torch.zeros_like(v, device=trainer.device) for k, v in rows.items()}
-    batch = trainer.unpack(batch)
+    batch = unpack(batch, agent)
     count = config.num_envs
     obs = {k: batch[k][0, :1].expand(count, *batch[k].shape[2:]) for k in agent.obs_space}
     first = torch.ones(count, dtype=torch.bool, device=trainer.device)
@@ -165,11 +195,6 @@ def _time(task: Callable[[], Any], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def is_atari(task: str) -> bool:
-    """Whether a task name is an Atari game's."""
-    return task != "custom" and (":" not in task or task.startswith("atari:"))
 
 
 def _device_name(device: torch.device) -> str:

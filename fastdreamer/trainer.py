@@ -7,21 +7,18 @@ while the environments step.
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
@@ -30,21 +27,25 @@ from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
 from fastdreamer.dream import replay_frames
-from fastdreamer.envs import make_envs
+from fastdreamer.envs import VectorEnv, make_envs
 from fastdreamer.envs.check import preflight
-from fastdreamer.errors import UsageError
-from fastdreamer.evaluation import Rows, agent_policy, play, random_policy, summarise
-from fastdreamer.host import keep_freed_memory
+from fastdreamer.errors import UsageError, UserError
+from fastdreamer.evaluation import Rows, compare_with_random
+from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
-from fastdreamer.loading import check_same_run, choose_device, make_agent, to_json
-from fastdreamer.logger import Logger, sync_wandb
-from fastdreamer.plan import check, default_logdir, describe, is_atari, total_updates, window
+from fastdreamer.loading import (
+    check_same_run,
+    check_weights,
+    choose_device,
+    make_agent,
+    to_json,
+)
+from fastdreamer.logger import Logger
+from fastdreamer.plan import check, default_logdir, describe, total_updates, window
 from fastdreamer.recipe import RECIPES
-from fastdreamer.replay import Column, Replay
-from fastdreamer.rssm import State
+from fastdreamer.replay import Replay
 from fastdreamer.staging import Prefetcher
-
-FLAGS = ("is_first", "is_last", "is_terminal")
+from fastdreamer.stored import columns, latents, unpack
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,35 @@ class Trainer:
         check(config)
         self.config, self.factory, self.recipe = config, factory, RECIPES[config.recipe]
         self.device = choose_device(config.device)
-        keep_freed_memory()
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-        seeds = np.random.SeedSequence(config.seed).generate_state(5)
-        init, learner, act, replay_seed, env = (int(s) % 2**31 for s in seeds)
+        set_up_process(config.threads, config.deterministic)
+        self.logdir = config.logdir or default_logdir(config)
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.logdir))
+            saved = self._find_checkpoint()
+            self.step = saved.info["step"] if saved else 0
+            self._make(stack, saved)
+            self._resources = stack.pop_all()
+
+    def _make(self, stack: ExitStack, saved: Checkpoint | None) -> None:
+        """Everything that the run consists of; what must be closed goes on the stack."""
+        config = self.config
+        seeds = np.random.SeedSequence(config.seed).generate_state(4)
+        init, learner, act, replay_seed = (int(s) % 2**31 for s in seeds)
         # Environments live in one thread of their own, beside which updates run.
-        self.worker = ThreadPoolExecutor(1, "fastdreamer-env")
-        if not config.resume:
-            for note in self._in_worker(lambda: preflight(factory or config.task, config.env)):
-                print(f"note: {note}")
-        self.envs = self._in_worker(
-            lambda: make_envs(factory or config.task, config.num_envs, env, config.env)
-        )
+        self.worker = stack.enter_context(ThreadPoolExecutor(1, "fastdreamer-env"))
+        self.envs = self._make_envs(first=saved is None)
+        stack.callback(self._in_worker, self.envs.close)
         self.action_space = batch_space(self.envs.act_space, config.num_envs)
         self.action_space.seed(act)
-        self.agent, self.learner = self._build(init, learner)
+        torch.manual_seed(init)
+        self.agent = make_agent(config, self.envs, self.device)
+        self.learner = Learner.make(self.agent, config.learner, learner)
         self.generator = torch.Generator(self.device).manual_seed(act)
         self.carry: Carry | None = None
-        self.step = 0
         self.scores: list[float] = []
         self.returns, self.lengths = np.zeros(config.num_envs), np.zeros(config.num_envs, int)
         self.replay = Replay(
-            self._columns(),
+            columns(self.agent),
             self._capacity(),
             config.num_envs,
             replay_seed,
@@ -106,28 +111,35 @@ class Trainer:
             window=window(config),
             online=self.recipe.joint,
         )
-        self.prefetcher = Prefetcher(
-            self.replay, config.learner.batch_size, window(config), self.device
+        self.prefetcher = stack.enter_context(
+            Prefetcher(self.replay, config.learner.batch_size, window(config), self.device)
         )
-        self.logdir = config.logdir or default_logdir(config)
-        saved = self._find_checkpoint()
         info = self._restore(saved) if saved else {}
         self._write_config()
-        if config.log.wandb:
-            sync_wandb(config.log.wandb, self.logdir, to_json(config), config.log.tensorboard)
-        self.logger = Logger(
-            self.logdir,
-            config.steps,
-            self.step,
-            info.get("elapsed", 0.0),
-            info.get("metrics_bytes", 0),
-            config.log.tensorboard,
-            config.log.progress,
+        self.logger = stack.enter_context(
+            Logger(
+                self.logdir,
+                config.steps,
+                self.step,
+                info.get("elapsed", 0.0),
+                info.get("metrics_bytes", 0),
+                config.log,
+                to_json(config),
+            )
         )
         self._metrics: dict[str, Tensor] = {}
-        self._since_log = (0, self.step, time.monotonic())
-        self._last_save = (self.step, time.monotonic())
+        self._since_log = (self.learner.updates, self.step, time.monotonic())
+        self._last_save = (self.step if saved else -1, time.monotonic())
         self._stop: int | None = None
+
+    def _make_envs(self, first: bool) -> VectorEnv:
+        """The run's environments; resumed ones do not repeat the first episodes."""
+        config, task = self.config, self.factory or self.config.task
+        seed = int(np.random.SeedSequence([config.seed, self.step]).generate_state(1)[0]) % 2**31
+        if first:
+            for note in self._in_worker(partial(preflight, task, config.env)):
+                print(f"note: {note}")
+        return self._in_worker(partial(make_envs, task, config.num_envs, seed, config.env))
 
     def __enter__(self) -> Trainer:
         return self
@@ -136,24 +148,16 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Free threads, environments and files."""
-        self.prefetcher.close()
-        self._in_worker(self.envs.close)
-        self.worker.shutdown()
-        self.logger.close()
+        """Free threads, environments, files and the lock on the run directory."""
+        self._resources.close()
 
     def run(self) -> Result:
         """Train to the configured step, save, evaluate. SIGINT and SIGTERM save and exit."""
         if self.step < self.config.steps:
-            print(describe(self), flush=True)
-            handlers = {
-                s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
-            }
-            try:
+            with first_signal(self._on_signal):
+                print(describe(self), flush=True)
+                self._since_log = (*self._since_log[:2], time.monotonic())
                 self._loop()
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
         else:
             print(f"{self.logdir} is complete at step {self.step:,}: raise --steps to go on")
         evaluation = self._evaluate() if self.config.eval_episodes else None
@@ -165,18 +169,20 @@ class Trainer:
             action, stored = self._act(rows)
             self.replay.add(rows | stored)
             self.step += self.config.num_envs
-            due = self.due()
-            if due:
-                self.prefetcher.request()
             stepped = self.worker.submit(self.envs.step, action)
-            self._learn(due)
-            rows = self._end(stepped.result())
+            self._learn(self.due())
+            try:
+                rows = self._end(stepped.result())
+            except Exception:
+                self.save()  # what the environment broke is not the run
+                raise
             self.logger.advance(self.config.num_envs)
             self._track(rows)
             self._film()
             if self._save_due():
                 self.save()
-        self.save()
+        if self._last_save[0] != self.step:
+            self.save()
         if self._stop is not None:
             self.logger.close()
             print(f"stopped at step {self.step:,}; the same command continues from there")
@@ -184,7 +190,7 @@ class Trainer:
 
     def _end(self, rows: Rows) -> Rows:
         """The official code counts an Atari time-out as terminal."""
-        if self.recipe.joint and is_atari(self.config.task):
+        if self.recipe.joint and self.envs.is_atari:
             rows["is_terminal"] = rows["is_last"].copy()
         return rows
 
@@ -203,9 +209,7 @@ class Trainer:
         self.carry = self.agent.act(obs, first, self.carry, noise)
         stored = {"action": self.carry.action.cpu().numpy()}
         if self.recipe.joint:
-            state = self.carry.state
-            stored["deter"] = state.deter.cpu().numpy()
-            stored["stoch"] = state.stoch.argmax(-1).to(torch.uint8).cpu().numpy()
+            stored |= {k: v.numpy() for k, v in latents(self.carry.state).items()}
         return self.agent.spec.decode(stored["action"]), stored
 
     def due(self) -> int:
@@ -213,43 +217,54 @@ class Trainer:
         return max(0, total_updates(self.config, self.step) - self.learner.updates)
 
     def _learn(self, due: int) -> None:
-        for left in reversed(range(due)):
-            batch = self.prefetcher.get()
-            if left and not self.recipe.joint:
+        """Run the updates that are due.
+
+        In recipe 2023 the next batch is drawn before each update, so that it is assembled and
+        copied meanwhile; in 2025 after it, since the update rewrites latents in the replay.
+        """
+        for _ in range(due):
+            if self._stop is not None:
+                break
+            if not self.prefetcher.pending:
                 self.prefetcher.request()
-            metrics, states = self.learner.update(self.unpack(batch))
+            batch = self.prefetcher.get()
+            if not self.recipe.joint:
+                self.prefetcher.request()
+            metrics, states = self.learner.update(unpack(batch, self.agent))
             if self.recipe.joint:
-                self._write_back(batch["step_id"][:, 1:], states)
-                if left:  # the next batch sees the latents of this one
-                    self.prefetcher.request()
+                for name, value in latents(states).items():
+                    self.replay.write(name, batch["step_id"][:, 1:], value)
             for name, value in metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0) + value
             if self.learner.updates % self.config.log.every == 0:
                 self._log()
 
-    def unpack(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch as the learner takes it: stored classes of the latents become one-hot."""
-        batch = dict(batch)
-        if self.recipe.joint:
-            stoch = F.one_hot(batch["stoch"].long(), self.config.model.classes)
-            batch["stoch"] = stoch.to(self.agent.dtype)
-        return batch
-
-    def _write_back(self, step_ids: Tensor, states: State) -> None:
-        self.replay.write("deter", step_ids, states.deter.detach().cpu())
-        stoch = states.stoch.detach().argmax(-1).to(torch.uint8)
-        self.replay.write("stoch", step_ids, stoch.cpu())
-
     def _log(self) -> None:
         """Means of the losses since the last line, with one transfer from the device."""
         updates, step, at = self._since_log
-        count, now = self.config.log.every, time.monotonic()
-        values = (torch.stack([v.float() for v in self._metrics.values()]) / count).tolist()
-        metrics = dict(zip(self._metrics, values, strict=True))
+        count, now = self.learner.updates - updates, time.monotonic()
+        metrics = {k: v / count for k, v in self._sums().items()}
         metrics["updates_per_second"] = (self.learner.updates - updates) / (now - at)
         metrics["env_steps_per_second"] = (self.step - step) / (now - at)
         self.logger.write(self.step, self.learner.updates, metrics)
         self._metrics, self._since_log = {}, (self.learner.updates, self.step, now)
+
+    def _sums(self) -> dict[str, float]:
+        """Sums of the metrics since the last line, with one transfer from the device.
+
+        Raises:
+            UserError: one is not finite; the checkpoints on disk are from before.
+        """
+        if not self._metrics:
+            return {}
+        sums = torch.stack([v.float() for v in self._metrics.values()]).tolist()
+        for name, value in zip(self._metrics, sums, strict=True):
+            if not np.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at update {self.learner.updates:,}: the run diverged; "
+                    f"the checkpoints in {self.logdir} are from before"
+                )
+        return dict(zip(self._metrics, sums, strict=True))
 
     def _track(self, rows: Rows) -> None:
         self.returns += rows["reward"]
@@ -276,24 +291,6 @@ class Trainer:
 
     # What the run is made of
 
-    def _build(self, init_seed: int, learner_seed: int) -> tuple[Agent, Learner]:
-        torch.manual_seed(init_seed)
-        agent = make_agent(self.config, self.envs, self.device)
-        return agent, Learner.make(agent, self.config.learner, learner_seed)
-
-    def _columns(self) -> dict[str, Column]:
-        columns = {
-            k: Column(space.shape, _torch_dtype(space.dtype))
-            for k, space in self.envs.obs_space.spaces.items()
-        }
-        columns["action"] = Column((self.agent.spec.size,), torch.float32)
-        columns["reward"] = Column((), torch.float32)
-        if self.recipe.joint:
-            model = self.config.model
-            columns["deter"] = Column((model.deter,), torch.float32, mutable=True)
-            columns["stoch"] = Column((model.stoch,), torch.uint8, mutable=True)
-        return columns | {k: Column((), torch.bool) for k in FLAGS}
-
     def _capacity(self) -> int:
         needed = -(-self.config.steps // self.config.num_envs) * self.config.num_envs
         return min(self.config.capacity, needed)
@@ -303,7 +300,7 @@ class Trainer:
 
     # Saving and resuming
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int) -> None:
         self._stop = number
 
     def _save_due(self) -> bool:
@@ -313,32 +310,39 @@ class Trainer:
             return time.monotonic() - at >= 60 * amount
         return self.step - step >= amount
 
-    def save(self) -> Checkpoint:
-        """Write a checkpoint of the whole run; logs how long the loop stood still for it."""
+    def save(self) -> None:
+        """Write a checkpoint of the whole run; logs how long the loop stood still for it.
+
+        Raises:
+            UserError: the run diverged, or the disk refused; older checkpoints stay as they are.
+        """
         start = time.monotonic()
-        manifest = self.replay.save(self.logdir / "replay")
+        self._sums()
         state = {
             "agent": self.agent.state_dict(),
             "learner": self.learner.state_dict(),
+            "device": self.device.type,
             "act_generator": self.generator.get_state(),
             "action_space": self.action_space.np_random.bit_generator.state,
             "prefetcher": self.prefetcher.state_dict(),
         }
-        info = {
-            "updates": self.learner.updates,
-            "replay": manifest,
-            "elapsed": self.logger.elapsed,
-            "metrics_bytes": self.logger.bytes_written,
-        }
         folder = self.logdir / "checkpoints"
-        saved = checkpoint.save(folder, self.step, state, info)
-        replay.prune(
-            self.logdir / "replay", [c.info["replay"] for c in checkpoint.find_all(folder)]
-        )
+        try:
+            info = {
+                "updates": self.learner.updates,
+                "elapsed": self.logger.elapsed,
+                "metrics_bytes": self.logger.sync(),
+                "replay": self.replay.save(self.logdir / "replay"),
+            }
+            checkpoint.save(folder, self.step, state, info)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"cannot save to {self.logdir}: {reason}") from error
+        kept = [c.info["replay"] for c in checkpoint.find_all(folder)]
+        replay.prune(self.logdir / "replay", kept)
         self._last_save = (self.step, time.monotonic())
         stall = {"checkpoint/stall_seconds": time.monotonic() - start}
         self.logger.write(self.step, self.learner.updates, stall)
-        return saved
 
     def _find_checkpoint(self) -> Checkpoint | None:
         found = checkpoint.find_all(self.logdir / "checkpoints")
@@ -350,38 +354,35 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> Mapping[str, Any]:
         state = saved.load(self.device)
+        check_weights(saved.path, self.agent.state_dict(), state["agent"])
+        if state["device"] != self.device.type:
+            raise CheckpointError(
+                f"{saved.path} is of a run on {state['device']}, not {self.device.type}, and its "
+                f"random numbers go on only there: give --device {state['device']}"
+            )
         self.agent.load_state_dict(state["agent"])
         self.learner.load_state_dict(state["learner"])
         self.generator.set_state(state["act_generator"].cpu())
         self.action_space.np_random.bit_generator.state = state["action_space"]
         self.replay.load(self.logdir / "replay", saved.info["replay"])
         self.prefetcher.load_state_dict(state["prefetcher"])
-        self.step = saved.info["step"]
         return saved.info
 
     def _write_config(self) -> None:
         try:
-            self.logdir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(to_json(self.config), indent=2)
-            (self.logdir / "config.json").write_text(text + "\n")
+            checkpoint.write_json(self.logdir / "config.json", to_json(self.config))
         except OSError as error:
             raise UsageError(f"--logdir {self.logdir}: {error.strerror}") from None
 
     def _evaluate(self) -> dict[str, Any]:
         """Scores of the trained agent and of random actions, written to evaluation.json."""
-        config, count = self.config, self.config.eval_episodes
-        task, seed = self.factory or config.task, config.seed + 1_000_000
-        make = partial(make_envs, task, config.num_envs, seed, config.env)
-        agent = summarise(play(make, lambda e: agent_policy(self.agent, e.num_envs, seed), count))
-        chance = summarise(play(make, lambda e: random_policy(e, seed), count))
-        result = {"step": self.step, "agent": vars(agent), "random": vars(chance)}
-        (self.logdir / "evaluation.json").write_text(json.dumps(result) + "\n")
+        config, seed = self.config, self.config.seed + 1_000_000
+        make = partial(make_envs, self.factory or config.task, config.num_envs, seed, config.env)
+        found = compare_with_random(self.agent, make, config.eval_episodes, seed)
+        result = {"step": self.step, **{k: vars(v) for k, v in found.items()}}
+        checkpoint.write_json(self.logdir / "evaluation.json", result)
         print(
-            f"evaluation over {count} episodes: mean {agent.mean:.4g}; "
-            f"random actions: {chance.mean:.4g}"
+            f"evaluation over {config.eval_episodes} episodes: mean {found['agent'].mean:.4g}; "
+            f"random actions: {found['random'].mean:.4g}"
         )
         return result
-
-
-def _torch_dtype(dtype: Any) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype

@@ -32,10 +32,11 @@ def bins(layout: str, count: int, dtype: torch.dtype, device: torch.device) -> T
     """
     if layout not in ("symlog", "symexp") or count % 2 == 0:
         raise ValueError(f"bins: layout symlog or symexp and odd count, got {layout!r}, {count}")
-    half = torch.linspace(-20, 0, count // 2 + 1, dtype=dtype, device=device)
-    if layout == "symexp":
-        half = symexp(half)
-    return torch.cat([half, -half[:-1].flip(0)])
+    with torch.inference_mode(False):  # what is kept may later take part in a backward pass
+        half = torch.linspace(-20, 0, count // 2 + 1, dtype=dtype, device=device)
+        if layout == "symexp":
+            half = symexp(half)
+        return torch.cat([half, -half[:-1].flip(0)])
 
 
 def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> Tensor:

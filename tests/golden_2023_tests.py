@@ -231,6 +231,7 @@ class TestFunctions2023(Case2023):
 
     @pytest.mark.parametrize(("name", "decay"), [("decay099", 0.99), ("decay05", 0.5)])
     def test_return_scale(self, golden, name, decay):
+        # The original keeps these in float32 in its float64 run, too.
         f, config = golden.functions, golden.config["moments"]
         scale = ReturnScale(decay, config["max"], (config["low"], config["high"]))
         for i in range(len(f.keys("moments/x"))):

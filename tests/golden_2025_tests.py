@@ -59,7 +59,7 @@ class TestFunctions2025(Case2025):
         assert pred[0] == 0
         for row in range(len(pred)):  # rows differ by many orders of magnitude
             if row:
-                close(pred[row], f["twohot/pred"][row], tol.grad, f"mean of row {row}")
+                close(pred[row], f["twohot/pred"][row], tol.forward, f"mean of row {row}")
         (grad,) = torch.autograd.grad(pred[1:3].sum(), logits)
         close(grad[1:3], f["twohot/dpred_dlogits_rows1to3"], tol.grad, "gradient of the mean")
 
@@ -307,7 +307,7 @@ class TestTrainStep2025(Case2025):
         close(feat, a["wm/feat"], tol.forward, "features")
         close(model.reward(feat), a["wm/rew_logits"], tol.forward, "reward logits")
         reward = golden.ops.twohot_mean(model.reward(feat), "symexp")
-        close(reward, a["wm/rew_pred"], tol.grad, "reward")
+        close(reward, a["wm/rew_pred"], tol.forward, "reward")
         close(model.cont(feat)[..., 0], a["wm/con_logit"], tol.forward, "continue")
         for key, pred in model.decode(states).items():
             close(pred, a[f"wm/recon_{key}"], tol.forward, key)
@@ -394,7 +394,8 @@ class TestTrainStep2025(Case2025):
             if p + "opt/grad_norm" in golden.steps:
                 norm = golden.steps[p + "opt/grad_norm"]
                 close(metrics["grad_norm"], norm, 2 * tol.grad, "gradient norm")
-            if step != 2:
+            # In float32 the warm-up's moves, 2e-7, are below what can be told.
+            if step != 2 and (variant != "warmup1000" or golden.dtype == torch.float64):
                 self._check_state(golden, learner, f"{variant}/step{step}/", step)
 
     def _check_state(self, golden, learner: JointLearner, prefix: str, step: int) -> None:

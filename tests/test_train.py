@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -127,10 +128,12 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     """Curve for curve, with episodes that end where the run is cut (a reset restores Counter)."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # 5 steps and 1 reset row an episode, 2 environments: an episode ends every 12 steps.
-    options = ("--deterministic", "--checkpoint-every", "48")
+    options = ("--deterministic", "--checkpoint-every", "48", "--task", "custom:Counter")
     for logdir, totals in ((whole, ["192"]), (cut, ["96", "192"])):
         for steps in totals:
-            config = parse_config(tiny(logdir, *options, "--steps", steps, "--task", "custom"))
+            config = parse_config(
+                tiny(logdir, *options, "--steps", steps, "--task", "custom:Counter")
+            )
             with Trainer(config, Counter) as trainer:
                 trainer.run()
     assert curve(whole) == curve(cut)
@@ -173,9 +176,15 @@ def start(logdir: Path, *args: str) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not list(path.parent.glob(path.name)):
+    wait_until(lambda: list(path.parent.glob(path.name)), process)
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
         assert process.poll() is None, process.stdout.read().decode()
-        time.sleep(0.02)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -183,8 +192,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def test_signal_saves_and_exits(tmp_path, number):
     process = start(tmp_path, "--steps", "100000", "--checkpoint-every", "1000000")
     wait_for(tmp_path / "metrics.jsonl", process)
-    while (tmp_path / "metrics.jsonl").stat().st_size < 5000:
-        time.sleep(0.02)
+    wait_until(partial(longer, tmp_path / "metrics.jsonl", 5000), process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + number, output
@@ -199,11 +207,7 @@ def test_killed_at_random_moments(tmp_path):
     rng, folder, last = random.Random(0), tmp_path / "checkpoints", 0
     for _ in range(6):
         process = start(tmp_path, "--steps", "100000", "--checkpoint-every", "10")
-        wait_for(folder / "checkpoint-*.json", process)
-        size = (tmp_path / "metrics.jsonl").stat().st_size
-        while (tmp_path / "metrics.jsonl").stat().st_size < size + 2000:
-            assert process.poll() is None, process.stdout.read().decode()
-            time.sleep(0.01)
+        wait_until(partial(newer, folder, last), process)
         time.sleep(rng.random() * 0.3)
         process.kill()
         process.wait()
@@ -215,6 +219,14 @@ def test_killed_at_random_moments(tmp_path):
     assert trainer.learner.updates == (last + 20 - 64) // 2
     updates = [line["updates"] for line in lines(tmp_path) if "loss/world_model" in line]
     assert updates == list(range(1, len(updates) + 1))
+
+
+def longer(path: Path, size: int) -> bool:
+    return path.stat().st_size > size
+
+
+def newer(folder: Path, step: int) -> bool:
+    return any(int(path.stem[11:]) > step for path in folder.glob("checkpoint-*.json"))
 
 
 def lines_end(logdir: Path) -> int:

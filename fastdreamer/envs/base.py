@@ -86,6 +86,8 @@ class VectorEnv(Protocol):
     """Of one environment; its entries are Box: images uint8 (H, W, C), vectors float32 (D,)."""
     act_space: gymnasium.Space[Any]
     """Of one environment; a Discrete space starts at 0."""
+    is_atari: bool
+    """The environments are Atari games."""
     action_names: list[str] | None
     """Names of the discrete actions in order, where the environment has them."""
 

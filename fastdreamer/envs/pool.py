@@ -61,7 +61,7 @@ class PoolEnv:
         if self._pool.config["max_num_players"] != 1:
             self._pool.close()
             raise TaskError(f"envpool task '{task_id}' has several players: not supported")
-        self.num_envs = num_envs
+        self.num_envs, self.is_atari = num_envs, atari
         self.act_space = from_zero(self._space)
         self._observe = Observer(obs_space, options.image_size)
         self.obs_space = self._observe.space

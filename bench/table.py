@@ -1,0 +1,82 @@
+"""``python -m bench.table``: writes the README's results from bench/results.
+
+What stands between the markers in the README is replaced; ``--check`` only compares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+START, END = "<!-- results: python -m bench.table -->", "<!-- end of results -->"
+
+
+def operators() -> str:
+    """The latest timing of each operator, pass and shape, as times and ratios."""
+    rows = [json.loads(line) for line in (RESULTS / "operators.jsonl").read_text().splitlines()]
+    latest: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["operator"], row["pass"], tuple(row["shape"]))
+        latest.setdefault(key, {})[row["backend"]] = row
+    lines = [
+        "| operator | pass | shape | reference | torch.compile of it | C++ | ratio to the faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (operator, pass_, shape), by in latest.items():
+        times = {k: v["median_s"] * 1e6 for k, v in by.items()}
+        reference, compiled, cpp = (times[k] for k in ("reference", "compile(reference)", "cpp"))
+        lines.append(
+            f"| `{operator}` | {pass_} | {' x '.join(map(str, shape))} | {reference:.0f} us | "
+            f"{compiled:.0f} us | {cpp:.0f} us | {min(reference, compiled) / cpp:.1f} x |"
+        )
+    last = rows[-1]
+    lines.append(
+        f"\nfloat32, medians, {last['device']}, PyTorch {last['versions']['torch']}; "
+        "`make bench` measures again."
+    )
+    return "\n".join(lines)
+
+
+def learning() -> str:
+    """One row for each learning run: what was trained, and the score beside random actions."""
+    lines = [
+        "| task | recipe, size | steps | updates | score | random actions | curve |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder in sorted(p for p in (RESULTS / "learning").iterdir() if p.is_dir()):
+        config = json.loads((folder / "config.json").read_text())
+        agent = json.loads((folder / "evaluation.json").read_text())
+        chance = json.loads((folder / "random.json").read_text())
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        lines.append(
+            f"| {config['task']} | {config['recipe']}, {config['size']} | {last['step']:,} | "
+            f"{last['updates']:,} (ratio {config['learner']['replay_ratio']:g}) | "
+            f"{_score(agent)} | {_score(chance)} | "
+            f"[plot]({(folder / 'score.png').relative_to(ROOT)}) |"
+        )
+    return "\n".join(lines)
+
+
+def _score(result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    return f"{result['mean']:.4g} ({low:.4g} to {high:.4g}, {len(result['scores'])} episodes)"
+
+
+def main() -> None:
+    """Rewrite the README's section, or fail with ``--check`` where it is not up to date."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    new = f"{before}{START}\n\n{learning()}\n\n{operators()}\n\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        sys.exit(new != text and "README.md: results are not up to date: python -m bench.table")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
