@@ -1,9 +1,9 @@
 /* The C interface of fastdreamer's compiled operators, the same for every device.
  *
  * Tensors are raw pointers with their strides in elements, one per dimension; 0 is a valid
- * stride. Outputs are allocated by the caller and contiguous. Every operator returns FD_OK or an
- * error code and touches nothing when it returns an error. `stream` is the device's stream (a
- * cudaStream_t); the CPU library ignores it and has finished when it returns. */
+ * stride. Outputs are allocated by the caller, contiguous, and overlap nothing else. Every operator
+ * returns FD_OK or an error code and touches nothing when it returns an error. `stream` is the
+ * device's stream (a cudaStream_t); the CPU library ignores it and has finished when it returns. */
 #ifndef FASTDREAMER_H
 #define FASTDREAMER_H
 

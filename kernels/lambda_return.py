@@ -1,4 +1,4 @@
-"""Lambda returns, the backward recursion over time. Legend: N rows (any batch axes), T time."""
+"""Lambda returns, the backward recursion over time. Legend: N rows, T time."""
 
 from __future__ import annotations
 

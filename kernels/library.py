@@ -43,7 +43,10 @@ def function(name: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         if error:
             raise RuntimeError(f"{name}: {library.fd_error_string(error).decode()}")
 
-    c_function = library[name]
+    try:
+        c_function = library[name]
+    except AttributeError:
+        raise RuntimeError(f"{CPU_LIBRARY.name} lacks {name}: install fastdreamer again") from None
     c_function.argtypes = signature
     c_function.restype = ctypes.c_int32
     c_function.errcheck = check  # type: ignore[assignment]

@@ -56,9 +56,21 @@ def _resolve_or_skip(backend: str) -> kernels.Ops:
     try:
         return kernels.resolve(backend)
     except RuntimeError as error:
-        if REQUIRED_BY.get(backend) in os.environ.get("FASTDREAMER_REQUIRE", "").split(","):
+        if REQUIRED_BY.get(backend) in required():
             pytest.fail(f"FASTDREAMER_REQUIRE asks for it: {error}")
         pytest.skip(str(error))
+
+
+def required() -> list[str]:
+    """The words of FASTDREAMER_REQUIRE; an unknown one would silently require nothing."""
+    words = [word for word in os.environ.get("FASTDREAMER_REQUIRE", "").split(",") if word]
+    if unknown := set(words) - set(REQUIRED_BY.values()):
+        raise pytest.UsageError(f"FASTDREAMER_REQUIRE: unknown {sorted(unknown)}")
+    return words
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required()
 
 
 @pytest.fixture(autouse=True)
