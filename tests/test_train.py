@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -23,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fastdreamer
 from fastdreamer import checkpoint
 from fastdreamer.cli import parse_config
-from fastdreamer.errors import UsageError
+from fastdreamer.errors import UsageError, UserError
+from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
 # 8 x 8 windows of 16 x 16 pictures, an update every other step after 64.
@@ -122,6 +124,78 @@ def test_own_environment_with_dict_observations(tmp_path):
     result = fastdreamer.train(Counter, *tiny(tmp_path), steps=100)
     assert result.scores
     assert lines(tmp_path)[-1]["step"] == 100
+
+
+RECIPE_2025 = [
+    *("--preset", "atari100k-2025", "--size", "debug", "--learner.batch-size", "4"),
+    *("--learner.batch-length", "8", "--learner.horizon", "5", "--learner.prefill", "40"),
+    *("--learner.replay-ratio", "0.5", "--log.every", "1", "--log.no-progress"),
+]
+
+
+@pytest.mark.parametrize("task", ["gymnasium:CartPole-v1", "gymnasium:Pendulum-v1"])
+def test_recipe_2025_runs_rewrites_latents_and_resumes(tmp_path, monkeypatch, task):
+    written = []
+    write = Replay.write
+
+    def spy(self, name, step_ids, values):
+        written.append((name, tuple(step_ids.shape)))
+        index = np.array([[0, int(step_ids[-1, 0])]])  # where rows overlap the last one stays
+        before = self.gather(index, 8)[name][0]
+        write(self, name, step_ids, values)
+        after = self.gather(index, 8)[name][0]
+        assert torch.equal(after, values[-1])
+        assert name == "stoch" or not torch.equal(after, before)
+
+    monkeypatch.setattr(Replay, "write", spy)
+    for steps, updates in ((56, 8), (64, 12)):
+        args = [*RECIPE_2025, "--logdir", str(tmp_path), "--task", task, "--steps", str(steps)]
+        with Trainer(parse_config(args)) as trainer:
+            trainer.run()
+        assert trainer.learner.updates == updates
+    assert written == [("deter", (4, 8)), ("stoch", (4, 8))] * 12
+    losses = [line for line in lines(tmp_path) if "loss/total" in line]
+    assert [line["updates"] for line in losses] == list(range(1, 13))
+    assert all(np.isfinite(v) for line in losses for v in line.values())
+
+
+def test_the_function_survives_an_import_of_its_module(tmp_path):
+    importlib.import_module("fastdreamer.train")
+    result = fastdreamer.train("envpool:Catch-v0", *tiny(tmp_path), steps=70)
+    assert result.logdir == tmp_path
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path):
+    with (
+        Trainer(parse_config(tiny(tmp_path))),
+        pytest.raises(UsageError, match="another run writes there"),
+    ):
+        Trainer(parse_config(tiny(tmp_path)))
+
+
+def test_a_broken_environment_loses_nothing(tmp_path):
+    class Broken(Counter):
+        def step(self, action):
+            Broken.steps += 1
+            if Broken.steps > 300:  # the check at the start takes 100 of them
+                raise OSError("the robot fell over")
+            return super().step(action)
+
+    Broken.steps = 0
+    with pytest.raises(OSError, match="fell over"):
+        fastdreamer.train(Broken, *tiny(tmp_path), steps=500)
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    assert saved.info["step"] > 150 and saved.info["updates"] > 40
+
+
+def test_a_diverged_run_keeps_its_checkpoints(tmp_path):
+    run(tmp_path, "--steps", "80")
+    with Trainer(parse_config(tiny(tmp_path, "--steps", "200"))) as trainer:
+        trainer.agent.critic.out.bias.data.fill_(float("nan"))
+        with pytest.raises(UserError, match="the run diverged"):
+            trainer.run()
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    assert saved.info["step"] == 80
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
