@@ -251,7 +251,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             preset="demo",
             task="envpool:Catch-v0",
             size="debug",
-            steps=6_000,
+            steps=7_000,
             num_envs=4,
             eval_episodes=50,
             env=EnvOptions(image_size=16),
