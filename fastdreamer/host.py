@@ -67,7 +67,13 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"--logdir {folder}: another run writes there; wait, or give another one"
             ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == ["lock"]:  # nothing came of it
+                (folder / "lock").unlink()
+                folder.rmdir()
+            raise
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,9 +15,8 @@ import torch
 
 import fastdreamer
 from fastdreamer import cli
+from fastdreamer.train import main
 
-# Imported as a module, fastdreamer.train would take the place of the function of that name.
-MAIN = runpy.run_module("fastdreamer.train")["main"]
 CATCH = "envpool:Catch-v0"
 TINY = shlex.split(
     """--preset demo --size debug --env.image-size 16 --num-envs 2 --learner.batch-size 4
@@ -117,7 +115,7 @@ def fail(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         monkeypatch.setattr(sys, "argv", ["fastdreamer.train", *args])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.run(MAIN)
+            cli.run(main)
         return one_line(capsys.readouterr().err, stop.value.code)
 
     return run
@@ -132,8 +130,8 @@ def one_line(text: str, status: object) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Every file below a folder but the lock, which a refused run may have made."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
