@@ -114,6 +114,8 @@ class Trainer:
         self.prefetcher = stack.enter_context(
             Prefetcher(self.replay, config.learner.batch_size, window(config), self.device)
         )
+        self._metrics: dict[str, Tensor] = {}
+        self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
         self._write_config()
         self.logger = stack.enter_context(
@@ -127,8 +129,7 @@ class Trainer:
                 to_json(config),
             )
         )
-        self._metrics: dict[str, Tensor] = {}
-        self._since_log = (self.learner.updates, self.step, time.monotonic())
+        self._timed_from = self.learner.updates
         self._last_save = (self.step if saved else -1, time.monotonic())
         self._stop: int | None = None
 
@@ -244,10 +245,11 @@ class Trainer:
         updates, step, at = self._since_log
         count, now = self.learner.updates - updates, time.monotonic()
         metrics = {k: v / count for k, v in self._sums().items()}
-        metrics["updates_per_second"] = (self.learner.updates - updates) / (now - at)
+        metrics["updates_per_second"] = (self.learner.updates - self._timed_from) / (now - at)
         metrics["env_steps_per_second"] = (self.step - step) / (now - at)
         self.logger.write(self.step, self.learner.updates, metrics)
         self._metrics, self._since_log = {}, (self.learner.updates, self.step, now)
+        self._timed_from = self.learner.updates
 
     def _sums(self) -> dict[str, float]:
         """Sums of the metrics since the last line, with one transfer from the device.
@@ -325,6 +327,8 @@ class Trainer:
             "act_generator": self.generator.get_state(),
             "action_space": self.action_space.np_random.bit_generator.state,
             "prefetcher": self.prefetcher.state_dict(),
+            "metrics": dict(self._metrics),
+            "logged": self._since_log[0],
         }
         folder = self.logdir / "checkpoints"
         try:
@@ -366,6 +370,9 @@ class Trainer:
         self.action_space.np_random.bit_generator.state = state["action_space"]
         self.replay.load(self.logdir / "replay", saved.info["replay"])
         self.prefetcher.load_state_dict(state["prefetcher"])
+        # The next line of losses also covers the updates between the last one and the checkpoint.
+        self._metrics = state["metrics"]
+        self._since_log = (state["logged"], self.step, time.monotonic())
         return saved.info
 
     def _write_config(self) -> None:

@@ -198,11 +198,13 @@ def test_a_diverged_run_keeps_its_checkpoints(tmp_path):
     assert saved.info["step"] == 80
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("every", ["1", "7"])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
     """Curve for curve, with episodes that end where the run is cut (a reset restores Counter)."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # 5 steps and 1 reset row an episode, 2 environments: an episode ends every 12 steps.
-    options = ("--deterministic", "--checkpoint-every", "48", "--task", "custom:Counter")
+    options = ["--deterministic", "--checkpoint-every", "48", "--task", "custom:Counter"]
+    options += ["--log.every", every]
     for logdir, totals in ((whole, ["192"]), (cut, ["96", "192"])):
         for steps in totals:
             config = parse_config(
