@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 
 TORCH := torch==2.13.0
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/* csrc/*/*/*)
 
 # A PyTorch that the chosen Python already has, such as one built for its GPU, is kept.
 CHECK_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))

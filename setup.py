@@ -4,6 +4,7 @@ FASTDREAMER_BUILD=0 skips the build; CXX chooses the compiler.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,15 @@ def find_compiler() -> str | None:
 ENABLED = os.environ.get("FASTDREAMER_BUILD", "1") != "0"
 COMPILER = find_compiler() if ENABLED else None
 # What CMakeLists.txt says, for a machine that has a compiler but no CMake.
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-Icsrc"]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Icsrc/cpu"]
+SIMD_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
+ISAS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = ["-mavx2", "-mfma"]
+    ISAS["avx512"] = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")] + [
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ]
 
 
 class CLibrary(Extension):
@@ -50,8 +59,21 @@ class BuildLibrary(build_ext):
         if shutil.which("cmake"):
             self.build_with_cmake(output)
         else:
-            command = [COMPILER, *FLAGS, *ext.sources, "-o", str(output)]
+            self.build_with_compiler(ext, output)
+
+    def build_with_compiler(self, ext: Extension, output: Path) -> None:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        simd = sorted(glob("csrc/cpu/simd/*.cpp"))
+        units = [(source, "", []) for source in ext.sources if source not in simd]
+        for isa, flags in ISAS.items():
+            units += [(source, isa, [f"-DFD_ISA={isa}", *SIMD_FLAGS, *flags]) for source in simd]
+        objects = []
+        for source, isa, flags in units:
+            objects.append(str(folder / f"{Path(source).stem}-{isa}.o"))
+            command = [COMPILER, *FLAGS, *flags, "-c", source, "-o", objects[-1]]
             subprocess.run(command, check=True)
+        subprocess.run([COMPILER, "-shared", *objects, "-o", str(output)], check=True)
 
     def build_with_cmake(self, output: Path) -> None:
         options = {
@@ -83,8 +105,8 @@ class PlatformWheel(bdist_wheel):
 
 CPU_LIBRARY = CLibrary(
     "fastdreamer.kernels.libfastdreamer_cpu",
-    sources=sorted(glob("csrc/cpu/*.cpp")),
-    depends=["CMakeLists.txt", *sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h"))],
+    sources=sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
+    depends=["CMakeLists.txt", *sorted(glob("csrc/**/*.h", recursive=True))],
 )
 
 setup(

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 1
+#define FD_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -26,6 +26,7 @@ enum fd_error {
   FD_ERROR_NULL_POINTER = 1,
   FD_ERROR_SIZE = 2,
   FD_ERROR_DTYPE = 3,
+  FD_ERROR_ISA = 4,
 };
 
 enum fd_dtype {
@@ -33,8 +34,23 @@ enum fd_dtype {
   FD_FLOAT64 = 1,
 };
 
+/* Instruction sets of the CPU library, from the slowest to the fastest. */
+enum fd_isa {
+  FD_ISA_PORTABLE = 0,
+  FD_ISA_AVX2 = 1,
+  FD_ISA_AVX512 = 2,
+};
+
 FD_API int32_t fd_abi_version(void);
 FD_API const char* fd_error_string(int32_t error);
+
+/* The instruction set in use: the best that the processor has, or the last one set. */
+FD_API int32_t fd_isa(void);
+FD_API int32_t fd_set_isa(int32_t isa);
+
+/* Lends the CPU library a pool of threads: the address of GOMP_parallel in the caller's OpenMP
+ * runtime (null: one thread). */
+FD_API int32_t fd_set_threads(void* gomp_parallel, int64_t threads);
 
 /* Lambda returns of N rows over T steps; all tensors (N, T):
  *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])

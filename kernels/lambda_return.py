@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .register import register
 
 SCHEMA = "(Tensor reward, Tensor discount, Tensor value, Tensor lam) -> Tensor"
 BACKWARD_SCHEMA = (
@@ -134,20 +135,5 @@ def _backward(ctx: Any, dret: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dreward, ddiscount, dvalue, dlam.sum_to_size(lam.shape)
 
 
-def _no_double_backward(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("lambda_return has no second derivative: use the reference backend for it")
-
-
-_OPERATORS = torch.library.Library("fastdreamer", "FRAGMENT")
-_OPERATORS.define("lambda_return" + SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-_OPERATORS.define("lambda_return_backward" + BACKWARD_SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-_OPERATORS.impl("lambda_return", _cpu, "CPU")
-_OPERATORS.impl("lambda_return_backward", _cpu_backward, "CPU")
-torch.library.register_fake("fastdreamer::lambda_return", _fake, lib=_OPERATORS)
-torch.library.register_fake("fastdreamer::lambda_return_backward", _fake_backward, lib=_OPERATORS)
-torch.library.register_autograd(
-    "fastdreamer::lambda_return", _backward, setup_context=_setup_context, lib=_OPERATORS
-)
-torch.library.register_autograd(
-    "fastdreamer::lambda_return_backward", _no_double_backward, lib=_OPERATORS
-)
+register("lambda_return", SCHEMA, _cpu, _fake, (_setup_context, _backward))
+register("lambda_return_backward", BACKWARD_SCHEMA, _cpu_backward, _fake_backward)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CPU_LIBRARY = Path(__file__).with_name("libfastdreamer_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
@@ -50,12 +51,56 @@ def function(name: str, signature: tuple[Any, ...]) -> Callable[..., None]:
     c_function.argtypes = signature
     c_function.restype = ctypes.c_int32
     c_function.errcheck = check  # type: ignore[assignment]
-    return c_function
+
+    def call(*arguments: Any) -> None:
+        _lend_threads(torch.get_num_threads())
+        c_function(*arguments)
+
+    return call
 
 
 def matrix(x: Tensor) -> tuple[int, ctypes.Array[ctypes.c_int64]]:
     """The two arguments that pass a tensor as an input, with its strides as they are."""
     return x.data_ptr(), (ctypes.c_int64 * x.ndim)(*x.stride())
+
+
+ISAS = ("portable", "avx2", "avx512")  # as in csrc/fastdreamer.h
+
+
+def isa() -> str:
+    """The instruction set that the CPU library uses. Raises RuntimeError if there is none."""
+    return ISAS[_load().fd_isa()]
+
+
+def set_isa(name: str) -> None:
+    """Use one of ``ISAS``; the fastest that the processor has is the default.
+
+    Raises ValueError for an unknown one, RuntimeError where the processor lacks it.
+    """
+    if name not in ISAS:
+        raise ValueError(f"unknown instruction set {name!r}: {', '.join(ISAS)} are valid")
+    function("fd_set_isa", (ctypes.c_int32,))(ISAS.index(name))
+
+
+@lru_cache(1)
+def _lend_threads(threads: int) -> None:
+    """PyTorch's own pool of threads, so that no second one spins against it."""
+    _load().fd_set_threads(_gomp_parallel(), ctypes.c_int64(threads))
+
+
+@cache
+def _gomp_parallel() -> ctypes.c_void_p:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch loaded; null if not found."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = {line.split()[-1] for line in lines if re.search(r"lib(gomp|iomp5|omp)\b", line)}
+    ours = [path for path in sorted(paths) if "torch" in path]
+    for path in ours or sorted(paths):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return ctypes.c_void_p()
 
 
 @cache

@@ -7,8 +7,9 @@ const char* fd_error_string(int32_t error) {
   switch (error) {
     case FD_OK: return "no error";
     case FD_ERROR_NULL_POINTER: return "a tensor or its strides is a null pointer";
-    case FD_ERROR_SIZE: return "a size is negative";
+    case FD_ERROR_SIZE: return "a size is out of range";
     case FD_ERROR_DTYPE: return "this dtype is not supported";
+    case FD_ERROR_ISA: return "this processor lacks the instruction set";
     default: return "unknown error code";
   }
 }

@@ -1,0 +1,39 @@
+"""Makes a CPU function an operator of PyTorch: schema, implementation, fake, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_OPERATORS = torch.library.Library("fastdreamer", "FRAGMENT")
+
+
+def register(
+    name: str,
+    schema: str,
+    cpu: Callable,
+    fake: Callable,
+    autograd: tuple[Callable, Callable] | None = None,
+) -> None:
+    """Define ``torch.ops.fastdreamer.<name>``.
+
+    Args:
+        schema: arguments and results, such as ``(Tensor x) -> Tensor``.
+        cpu: computes it. fake: allocates results of the right shapes, for the compiler.
+        autograd: ``setup_context`` and ``backward``; None for an operator that is itself a
+            backward pass, or has none: differentiating it raises RuntimeError.
+    """
+    _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _OPERATORS.impl(name, cpu, "CPU")
+    qualified = f"fastdreamer::{name}"
+    torch.library.register_fake(qualified, fake, lib=_OPERATORS)
+
+    def refuse(ctx: Any, *_: object) -> None:
+        operator = name.removesuffix("_backward")
+        order = "derivative" if operator == name else "second derivative"
+        raise RuntimeError(f"{operator} has no {order}: use the reference backend for it")
+
+    setup, backward = autograd or (None, refuse)
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
