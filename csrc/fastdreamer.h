@@ -52,6 +52,103 @@ FD_API int32_t fd_set_isa(int32_t isa);
  * runtime (null: one thread). */
 FD_API int32_t fd_set_threads(void* gomp_parallel, int64_t threads);
 
+/* A linear layer, with norm and SiLU behind it where `scale` is not null. */
+typedef struct fd_layer {
+  const float* weight; /* (outputs, inputs), `stride` elements from row to row */
+  const float* bias;   /* (outputs,) or null */
+  const float* scale;  /* (outputs,) of the norm, or null */
+  const float* shift;  /* (outputs,) of the norm, or null */
+  int64_t inputs, outputs, stride;
+} fd_layer;
+
+enum fd_cell {
+  FD_CELL_GRU = 0,       /* one input layer, joint product of state and input, LayerNorm */
+  FD_CELL_BLOCK_GRU = 1, /* three input layers, block-linear hidden layer and gates, RMSNorm */
+};
+
+/* A recurrent state-space model with D = deter, S = stoch, K = classes, A = action, U = hidden,
+ * G = blocks. All float32 and contiguous but for the layers' strides. */
+typedef struct fd_rssm {
+  int32_t cell;
+  float eps; /* of every norm: LayerNorm with FD_CELL_GRU, else RMSNorm */
+  float mix; /* weight of the uniform distribution in the latents */
+  int64_t deter, stoch, classes, action, hidden, blocks;
+  fd_layer in_stoch;  /* (U, S K); with FD_CELL_GRU its norm is that of the sum with in_action */
+  fd_layer in_action; /* (U, A) */
+  fd_layer in_deter;  /* (U, D); FD_CELL_BLOCK_GRU only */
+  const float* hidden_weight; /* (G, D / G + 3 U, D / G): state, then deter, stoch, action */
+  const float* hidden_bias;   /* (D,) */
+  const float* gate_weight;   /* (3 D, D + U), or (G, D / G, 3 D / G) with blocks */
+  const float* gate_bias;     /* (3 D,) with blocks */
+  const float* cell_scale;    /* (3 D,) of the gates' norm, or (D,) of the hidden layer's */
+  const float* cell_shift;    /* (3 D,) or null */
+  fd_layer head[8]; /* observe: 2 layers of the posterior, the first without the embedding;
+                     * imagine: `head_layers` of the prior, the last its logits */
+  int64_t head_layers;
+} fd_rssm;
+
+/* Posterior scan of B rows over T steps. */
+typedef struct fd_observe {
+  int64_t B, T;
+  const float* start_deter;    /* (B, D) */
+  const int32_t* start_index;  /* (B, S) drawn class of each latent, -1: none */
+  const float* initial_deter;  /* (D,) from where is_first */
+  const int32_t* initial_index; /* (S,) */
+  const float* action;         /* (B, T, A) before each step */
+  const float* embedded;       /* (B, T, U) the embedding's share of the posterior's first layer */
+  const uint8_t* is_first;     /* (B, T) */
+  const float* noise;          /* (B, T, S, K) Gumbel */
+  float* deter;                /* (B, T, D) */
+  int32_t* index;              /* (B, T, S) */
+  float* logp;                 /* (B, T, S, K) */
+  float* inputs;               /* (B, T, U or 3 U) before the input layers' norms */
+  float* hidden;               /* (B, T, D) before the hidden layer's norm; blocks only */
+  float* gates;                /* (B, T, 3 D) before the LayerNorm, or with bias */
+  float* posterior;            /* (B, T, U) before the posterior's norm */
+} fd_observe;
+
+FD_API int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan);
+
+/* Gradients of everything before a norm or, of the logits, behind the last product; what of the
+ * weights follows is one product over all steps. */
+typedef struct fd_observe_grad {
+  const float* ddeter;  /* (B, T, D) */
+  const float* dstoch;  /* (B, T, S, K) */
+  const float* dlogp;   /* (B, T, S, K) */
+  float* dinputs;       /* as fd_observe.inputs */
+  float* dhidden;       /* as fd_observe.hidden; blocks only */
+  float* dgates;        /* as fd_observe.gates */
+  float* dposterior;    /* as fd_observe.posterior */
+  float* dlogits;       /* (B, T, S, K) */
+  float* dinitial;      /* (D,) */
+  float* dnorm; /* scale and shift of the inputs' norms, the cell's, the posterior's */
+} fd_observe_grad;
+
+FD_API int32_t fd_rssm_observe_backward(
+    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad);
+
+/* Rollout of N rows over H steps of the prior under a policy on features of deter and stoch. */
+typedef struct fd_imagine {
+  int64_t N, H;
+  const float* start_deter;   /* (N, D) */
+  const int32_t* start_index; /* (N, S) */
+  const float* noise;         /* (N, H, S, K) Gumbel */
+  const float* action_noise;  /* (N, H + 1, A) Gumbel, or normal where continuous */
+  float* deter;               /* (N, H + 1, D) */
+  int32_t* index;             /* (N, H + 1, S) */
+  float* action;              /* (N, H + 1, A) */
+  const fd_layer* policy;     /* hidden layers, the first over D + S K features */
+  int64_t policy_layers;
+  int32_t deter_first;        /* order of the features */
+  float policy_mix;           /* weight of the uniform distribution in discrete actions */
+  int64_t parts;              /* of the action */
+  const int64_t* part_sizes;  /* (parts,); they sum to A */
+  const uint8_t* discrete;    /* (parts,) */
+  const fd_layer* heads;      /* a discrete part: logits; a continuous one: mean, std */
+} fd_imagine;
+
+FD_API int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout);
+
 /* Lambda returns of N rows over T steps; all tensors (N, T):
  *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])
  * for t = T-1 .. 0, with ret[T] = value[T - 1]. */

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy, gumbel
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.ops import Ops
-from fastdreamer.nets import MLP, Decoder, Encoder, Linear, initialise, output_init
+from fastdreamer.kernels.rssm_imagine import PolicyWeights
+from fastdreamer.kernels.rssm_weights import Layer
+from fastdreamer.nets import MLP, Decoder, Dense, Encoder, Linear, initialise, output_init
 from fastdreamer.recipe import Recipe
 from fastdreamer.rssm import RSSM, State
 
@@ -58,7 +60,7 @@ class Actor(nn.Module):
 
     def __init__(self, feat: int, spec: ActionSpec, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.spec, self.ops = spec, ops
+        self.spec, self.ops, self.deter_first = spec, ops, recipe.deter_first
         self.mix = model.unimix if recipe.policy_unimix else 0.0
         self.mlp = MLP(feat, model.units, model.layers, recipe)
         self.heads = nn.ModuleDict()
@@ -78,6 +80,13 @@ class Actor(nn.Module):
             else:
                 parts[part.name] = BoundedNormal(*outputs)
         return Policy(parts, self.spec.sizes)
+
+    def weights(self) -> PolicyWeights:
+        """As the kernels take them."""
+        heads = (cast(nn.ModuleDict, self.heads[part.name]).values() for part in self.spec.parts)
+        outputs = tuple(tuple(Layer(out.weight, out.bias) for out in head) for head in heads)
+        layers = tuple(cast(Dense, block).weights() for block in self.mlp.hidden)
+        return PolicyWeights(layers, outputs, self.deter_first, self.mix)
 
     def sample(self, feat: Tensor, noise: Tensor) -> Tensor:
         """Action vector (..., A) drawn with ``noise`` (..., A)."""

@@ -195,7 +195,7 @@ class Learner:
             self.ops,
             self.recipe.bins,
         )
-        states, actions = model.rssm.imagine(start, self.agent.actor.sample, noise)
+        states, actions = model.rssm.imagine(start, self.agent.actor.weights(), noise)
         feat = model.rssm.features(states)
         rewards = ops.twohot_mean(model.reward(feat), bins)
         logits = model.cont(feat).squeeze(-1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.gru_step import block_linear
+from fastdreamer.kernels.rssm_weights import Layer
 from fastdreamer.kernels.twohot import symlog
 from fastdreamer.recipe import Recipe
 
@@ -92,11 +93,12 @@ class Dense(nn.Module):
         self.norm = make_norm(outputs, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activate(self.linear(x))
+        return F.silu(self.norm(self.linear(x)))
 
-    def activate(self, x: Tensor) -> Tensor:
-        """Norm and activation of a product that was computed elsewhere."""
-        return F.silu(self.norm(x))
+    def weights(self) -> Layer:
+        """As the kernels take them."""
+        shift = getattr(self.norm, "bias", None)
+        return Layer(self.linear.weight, self.linear.bias, self.norm.weight, shift)
 
 
 class MLP(nn.Module):

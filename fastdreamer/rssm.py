@@ -5,7 +5,6 @@ Legend: B batch, T time, N = B T, H horizon, D deter, S stoch, K classes, A acti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -16,6 +15,13 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.ops import Ops
+from fastdreamer.kernels.rssm_imagine import PolicyWeights
+from fastdreamer.kernels.rssm_weights import (
+    BlockGRUWeights,
+    GRUWeights,
+    Layer,
+    RSSMWeights,
+)
 from fastdreamer.nets import BlockLinear, Dense, Linear, make_norm, output_init
 from fastdreamer.recipe import Recipe
 
@@ -40,11 +46,10 @@ class State:
 
 @dataclass(frozen=True)
 class Scan:
-    """Initial state, deter's share of the posterior's first weight, embedding's product."""
+    """What a posterior scan takes beside states and actions."""
 
-    initial: State
-    weight: Tensor  # (hidden, D)
-    embedded: Tensor  # (..., hidden)
+    weights: RSSMWeights
+    embedded: Tensor  # (..., hidden), the embedding's share of the posterior's first layer
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,25 @@ class ImagineNoise:
 class GRUCell(nn.Module):
     """Input block and LayerNorm-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe):
         super().__init__()
         self.input = Dense(stoch + action, model.hidden, recipe)
         self.gates = Linear(model.deter + model.hidden, 3 * model.deter, recipe, bias=False)
         self.norm = make_norm(3 * model.deter, recipe)
-        self.ops = ops
+
+    def weights(self) -> GRUWeights:
+        return GRUWeights(
+            self.input.weights(), self.gates.weight, self.norm.weight, self.norm.bias
+        )
 
     def forward(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
-        x = self.input(torch.cat([stoch, action], -1))
-        norm = self.norm
-        return self.ops.gru_step(deter, x, self.gates.weight, norm.weight, norm.bias, norm.eps)
+        return self.weights().step(stoch, action, deter, self.norm.eps)
 
 
 class BlockGRUCell(nn.Module):
     """Three input blocks and block-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe):
         super().__init__()
         self.input = nn.ModuleDict(
             {
@@ -87,15 +94,15 @@ class BlockGRUCell(nn.Module):
         self.hidden = BlockLinear(wide, model.deter, model.blocks, recipe)
         self.norm = make_norm(model.deter, recipe)
         self.gates = BlockLinear(model.deter, 3 * model.deter, model.blocks, recipe)
-        self.ops = ops
+
+    def weights(self) -> BlockGRUWeights:
+        inputs = (cast(Dense, self.input[k]).weights() for k in ("deter", "stoch", "action"))
+        hidden, gates = self.hidden, self.gates
+        rest = (hidden.weight, hidden.bias, self.norm.weight, gates.weight, gates.bias)
+        return BlockGRUWeights(*inputs, *rest)
 
     def forward(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
-        action = action / action.detach().abs().clamp(min=1)
-        inputs = {"deter": deter, "stoch": stoch, "action": action}
-        x = torch.cat([self.input[k](v) for k, v in inputs.items()], -1)
-        hidden, gates = self.hidden, self.gates
-        weights = (hidden.weight, hidden.bias, self.norm.weight, gates.weight, gates.bias)
-        return self.ops.block_gru_step(deter, x, *weights, self.norm.eps)
+        return self.weights().step(stoch, action, deter, self.norm.eps)
 
 
 class LatentHead(nn.Module):
@@ -109,17 +116,12 @@ class LatentHead(nn.Module):
         self.out = Linear(model.hidden, outputs, recipe, init=output_init(recipe))
         self.shape, self.mix, self.ops = (model.stoch, model.classes), model.unimix, ops
 
-    @property
-    def first(self) -> Dense:
-        """The first hidden block."""
-        return cast(Dense, self.hidden[0])
+    def weights(self) -> tuple[Layer, ...]:
+        hidden = (cast(Dense, block).weights() for block in self.hidden)
+        return (*hidden, Layer(self.out.weight, self.out.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logp(self.hidden(x))
-
-    def logp(self, x: Tensor) -> Tensor:
-        """From the activations of the last hidden block."""
-        return self.ops.unimix(self.out(x).unflatten(-1, self.shape), self.mix)
+        return self.ops.unimix(self.out(self.hidden(x)).unflatten(-1, self.shape), self.mix)
 
 
 class RSSM(nn.Module):
@@ -137,7 +139,7 @@ class RSSM(nn.Module):
         if recipe.learned_initial:
             self.initial_deter = nn.Parameter(torch.zeros(model.deter))
         cell = GRUCell if recipe.cell == "gru" else BlockGRUCell
-        self.cell = cell(self.stoch, action, model, recipe, ops)
+        self.cell = cell(self.stoch, action, model, recipe)
         self.prior = LatentHead(self.deter, recipe.prior_layers, model, recipe, ops)
         self.posterior = LatentHead(self.deter + embed, 1, model, recipe, ops)
 
@@ -158,14 +160,27 @@ class RSSM(nn.Module):
         logp = self.prior(deter).detach()
         return State(deter, self.ops.sample(logp, torch.zeros_like(logp)))
 
+    def weights(self) -> RSSMWeights:
+        """All weights, as the scans take them."""
+        first, out = self.posterior.weights()
+        initial = self.initial()
+        return RSSMWeights(
+            cell=self.cell.weights(),
+            posterior=(first._replace(weight=first.weight[:, : self.deter], bias=None), out),
+            prior=self.prior.weights(),
+            initial_deter=initial.deter,
+            initial_stoch=initial.stoch,
+            eps=self.cell.norm.eps,
+            mix=self.prior.mix,
+        )
+
     def start_scan(self, embed: Tensor) -> Scan:
         """What a posterior scan needs that does not depend on the recurrence; embed (..., E).
 
         The embedding's share of the posterior's first product is one product for all steps.
         """
-        linear = self.posterior.first.linear
-        by_deter, by_embed = linear.weight.split([self.deter, embed.shape[-1]], 1)
-        return Scan(self.initial(), by_deter, F.linear(embed, by_embed, linear.bias))
+        linear = cast(Dense, self.posterior.hidden[0]).linear
+        return Scan(self.weights(), F.linear(embed, linear.weight[:, self.deter :], linear.bias))
 
     def observe_step(
         self,
@@ -186,14 +201,10 @@ class RSSM(nn.Module):
         Returns:
             The new state and its posterior log-probabilities (B, S, K).
         """
-        first = is_first[:, None]
-        deter = torch.where(first, scan.initial.deter, state.deter)
-        stoch = torch.where(first[..., None], scan.initial.stoch, state.stoch)
-        action = action.masked_fill(first, 0)
-        deter = self.cell(stoch.flatten(-2), action, deter)
-        x = F.linear(deter, scan.weight) + embedded
-        logp = self.posterior.logp(self.posterior.first.activate(x))
-        return State(deter, self.ops.sample(logp, noise)), logp
+        steps = (x.unsqueeze(1) for x in (action, embedded, is_first, noise))
+        outputs = self.ops.rssm_observe(scan.weights, state.deter, state.stoch, *steps)
+        deter, stoch, logp = (x.squeeze(1) for x in outputs)
+        return State(deter, stoch), logp
 
     def observe(
         self,
@@ -206,7 +217,8 @@ class RSSM(nn.Module):
         """Posterior scan. ``action[:, t]`` is the one taken *before* observation t.
 
         Args:
-            start: state before the first step, (B, ...); the initial one if None.
+            start: state before the first step, (B, ...), without gradient; None where every
+                first step ``is_first``.
             embed: (B, T, E). action: (B, T, A). is_first: (B, T) bool. noise: (B, T, S, K).
 
         Returns:
@@ -214,27 +226,22 @@ class RSSM(nn.Module):
         """
         scan = self.start_scan(embed)
         if start is None:
-            rows, initial = embed.shape[0], scan.initial
-            start = State(initial.deter.expand(rows, -1), initial.stoch.expand(rows, -1, -1))
-        steps = (x.unbind(1) for x in (action, scan.embedded, is_first, noise))
-        state, states, logps = start, [], []
-        for act, embedded, first, gumbel in zip(*steps, strict=True):
-            state, logp = self.observe_step(state, act, scan, embedded, first, gumbel)
-            states.append(state)
-            logps.append(logp)
-        stacked = State.stack(states)
-        return stacked, torch.stack(logps, 1), self.prior(stacked.deter)
+            rows = embed.shape[0]
+            start = State(embed.new_zeros(rows, self.deter), embed.new_zeros(rows, *self.latent))
+        deter, stoch, posterior = self.ops.rssm_observe(
+            scan.weights, start.deter, start.stoch, action, scan.embedded, is_first, noise
+        )
+        return State(deter, stoch), posterior, self.prior(deter)
 
     def imagine_step(self, state: State, action: Tensor, noise: Tensor) -> State:
         """One prior step under ``action`` (N, A) with ``noise`` (N, S, K)."""
         deter = self.cell(state.stoch.flatten(-2), action, state.deter)
         return State(deter, self.ops.sample(self.prior(deter), noise))
 
-    @torch.no_grad()
     def imagine(
-        self, start: State, policy: Callable[[Tensor, Tensor], Tensor], noise: ImagineNoise
+        self, start: State, policy: PolicyWeights, noise: ImagineNoise
     ) -> tuple[State, Tensor]:
-        """Rollout under ``policy(feat, noise) -> action``, without gradient.
+        """Rollout under ``policy``, without gradient.
 
         Args:
             start: states of N rows.
@@ -243,8 +250,7 @@ class RSSM(nn.Module):
         Returns:
             States (N, H + 1, ...), the start first, and the action taken in each (N, H + 1, A).
         """
-        states, actions = [start], [policy(self.features(start), noise.action[:, 0])]
-        for t in range(noise.stoch.shape[1]):
-            states.append(self.imagine_step(states[-1], actions[-1], noise.stoch[:, t]))
-            actions.append(policy(self.features(states[-1]), noise.action[:, t + 1]))
-        return State.stack(states), torch.stack(actions, 1)
+        deter, stoch, action = self.ops.rssm_imagine(
+            self.weights(), policy, start.deter, start.stoch, noise.stoch, noise.action
+        )
+        return State(deter, stoch), action

@@ -19,6 +19,8 @@ from torch import Tensor
 from . import library, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
+from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
+from .rssm_observe import rssm_observe, rssm_observe_cpp
 from .twohot import twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
@@ -29,6 +31,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": lambda_return,
         "cpp": torch.ops.fastdreamer.lambda_return.default,
     },
+    "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
+    "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
     "gru_step": {"reference": gru_step},
     "block_gru_step": {"reference": block_gru_step},
     "unimix": {"reference": unimix.unimix},
@@ -50,6 +54,10 @@ class Ops:
     """Operator -> the backend that really serves it."""
     lambda_return: Callable[..., Tensor]
     """See `fastdreamer.kernels.lambda_return`."""
+    rssm_observe: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
+    rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]

@@ -7,23 +7,23 @@
 
 #if defined(__x86_64__)
 #define FD_X86 1
-#define FD_ISA_CASES(call)                     \
-  case FD_ISA_AVX512: return avx512::call;     \
-  case FD_ISA_AVX2: return avx2::call;
-#define FD_DECLARE(declaration)                \
-  namespace avx512 { declaration; }            \
-  namespace avx2 { declaration; }              \
-  namespace portable { declaration; }
+#define FD_ISA_CASES(...)                        \
+  case FD_ISA_AVX512: return avx512::__VA_ARGS__; \
+  case FD_ISA_AVX2: return avx2::__VA_ARGS__;
+#define FD_DECLARE(...)                \
+  namespace avx512 { __VA_ARGS__; }    \
+  namespace avx2 { __VA_ARGS__; }      \
+  namespace portable { __VA_ARGS__; }
 #else
-#define FD_ISA_CASES(call)
-#define FD_DECLARE(declaration) namespace portable { declaration; }
+#define FD_ISA_CASES(...)
+#define FD_DECLARE(...) namespace portable { __VA_ARGS__; }
 #endif
 
 // Returns what `call` returns, in the namespace of the current instruction set.
-#define FD_DISPATCH(call)              \
-  switch (current_isa()) {             \
-    FD_ISA_CASES(call)                 \
-    default: return portable::call;    \
+#define FD_DISPATCH(...)                    \
+  switch (current_isa()) {                  \
+    FD_ISA_CASES(__VA_ARGS__)               \
+    default: return portable::__VA_ARGS__;  \
   }
 
 namespace fastdreamer {

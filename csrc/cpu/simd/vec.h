@@ -22,7 +22,7 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-static inline Vec broadcast(float x) { return Vec{} + x; }
+static inline Vec broadcast(float x) { return x - Vec{}; }
 
 // The first n < kLanes elements; the others are `rest`.
 static inline Vec load_part(const float* p, int64_t n, float rest = 0) {

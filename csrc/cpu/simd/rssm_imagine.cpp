@@ -1,0 +1,191 @@
+// The imagined rollout with the policy inside. Rows are independent of one another: a tile of
+// them goes through all steps before the next one starts.
+#include "cell.h"
+#include "parallel.h"
+
+namespace fastdreamer {
+namespace FD_ISA {
+namespace {
+
+constexpr int64_t kRows = 48;  // of a tile: a multiple of every kTile
+constexpr int64_t kMaxLayers = 8, kMaxHeads = 64;
+
+// Layers behind one another, packed.
+class Stack {
+ public:
+  Stack(const fd_rssm& model, const fd_layer* layers, int64_t count, int64_t skip)
+      : model_(model), layers_(layers), count_(count) {
+    for (int64_t i = skip; i < count; ++i) packed_[i] = pack_transposed(layers[i]);
+  }
+  int64_t width() const {
+    int64_t widest = 0;
+    for (int64_t i = 0; i < count_; ++i)
+      if (layers_[i].outputs > widest) widest = layers_[i].outputs;
+    return widest;
+  }
+  void product(int64_t layer, int64_t M, Rows<const float> x, Rows<float> y) const {
+    start_rows(y, layers_[layer].bias, M, layers_[layer].outputs);
+    gemm(M, x.data, x.stride, packed_[layer], y.data, y.stride, true);
+  }
+  void activate(int64_t layer, int64_t M, Rows<float> x) const {
+    const fd_layer& l = layers_[layer];
+    if (!l.scale) return;
+    for (int64_t m = 0; m < M; ++m)
+      norm_row<true>(norm_of(model_, l.scale, l.shift), x[m], x[m], l.outputs);
+  }
+
+ private:
+  const fd_rssm& model_;
+  const fd_layer* layers_;
+  int64_t count_;
+  Packed packed_[kMaxLayers];
+};
+
+class Rollout {
+ public:
+  Rollout(const fd_rssm& model, const fd_imagine& args)
+      : model_(model), args_(args), latent_(model.stoch * model.classes), cell_(model),
+        prior_(model, model.head, model.head_layers, 0),
+        policy_(model, args.policy, args.policy_layers, 1) {
+    const fd_layer& first = args.policy[0];
+    const int64_t at_deter = args.deter_first ? 0 : latent_;
+    const int64_t at_stoch = args.deter_first ? model.deter : 0;
+    by_deter_ = Packed(first.weight + at_deter, model.deter, first.outputs, 1, first.stride);
+    by_stoch_ = Table(first.weight + at_stoch, latent_, first.outputs, first.stride);
+    for (int64_t i = 0, head = 0; i < args.parts; ++i)
+      for (int64_t n = args.discrete[i] ? 1 : 2; n > 0; --n, ++head)
+        heads_[head] = pack_transposed(args.heads[head]);
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    const int64_t M = end - begin, D = model_.deter, S = model_.stoch, A = model_.action;
+    const int64_t wide = prior_.width() > policy_.width() ? prior_.width() : policy_.width();
+    const int64_t width = wide > 2 * A ? wide : 2 * A;
+    const Buffer memory(
+        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_));
+    const Rows<float> inputs{memory.get(), input_width(model_)}, hidden{inputs[M], D};
+    const Rows<float> gates{hidden[M], 3 * D}, x{gates[M], width}, y{x[M], width};
+    const Rows<float> logp{y[M], latent_};
+    float* scratch = logp[M];
+    const int64_t steps = args_.H + 1;
+    for (int64_t t = 0; t < steps; ++t) {
+      const Rows<float> deter{args_.deter + (begin * steps + t) * D, steps * D};
+      const Rows<int32_t> index{args_.index + (begin * steps + t) * S, steps * S};
+      const Rows<float> action{args_.action + (begin * steps + t) * A, steps * A};
+      if (t == 0) {
+        start(begin, M, deter, index);
+      } else {
+        const Rows<const float> old{deter.data - D, deter.stride};
+        const Rows<const int32_t> drawn{index.data - S, index.stride};
+        const Rows<float> taken{scratch, A};
+        for (int64_t m = 0; m < M; ++m) limit_action(action[m] - A, taken[m]);
+        cell_.step(
+            M, old, drawn, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
+        draw_prior(begin, M, t - 1, deter, index, x, y, logp);
+      }
+      act(begin, M, t, deter, index, action, x, y);
+    }
+  }
+
+ private:
+  void start(int64_t begin, int64_t M, Rows<float> deter, Rows<int32_t> index) const {
+    for (int64_t m = 0; m < M; ++m) {
+      copy(args_.start_deter + (begin + m) * model_.deter, deter[m], model_.deter);
+      for (int64_t s = 0; s < model_.stoch; ++s)
+        index[m][s] = args_.start_index[(begin + m) * model_.stoch + s];
+    }
+  }
+
+  void limit_action(const float* from, float* to) const {
+    for (int64_t i = 0; i < model_.action; ++i) {
+      const float size = from[i] < 0 ? -from[i] : from[i];
+      to[i] = model_.cell == FD_CELL_BLOCK_GRU && size > 1 ? from[i] / size : from[i];
+    }
+  }
+
+  void draw_prior(
+      int64_t begin, int64_t M, int64_t t, Rows<float> deter, Rows<int32_t> index, Rows<float> x,
+      Rows<float> y, Rows<float> logp) const {
+    Rows<const float> from{deter.data, deter.stride};
+    for (int64_t i = 0; i < model_.head_layers; ++i) {
+      const Rows<float> to = i % 2 ? y : x;
+      prior_.product(i, M, from, to);
+      prior_.activate(i, M, to);
+      from = {to.data, to.stride};
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      const float* noise = args_.noise + ((begin + m) * args_.H + t) * latent_;
+      unimix_rows(from[m], logp[m], model_.stoch, model_.classes, model_.mix);
+      draw_latents(model_, logp[m], noise, index[m]);
+    }
+  }
+
+  void act(
+      int64_t begin, int64_t M, int64_t t, Rows<float> deter, Rows<int32_t> index,
+      Rows<float> action, Rows<float> x, Rows<float> y) const {
+    const fd_layer& first = args_.policy[0];
+    start_rows(x, first.bias, M, first.outputs);
+    for (int64_t m = 0; m < M; ++m) by_stoch_.gather(index[m], model_.stoch, model_.classes, x[m]);
+    gemm(M, deter.data, deter.stride, by_deter_, x.data, x.stride, true);
+    policy_.activate(0, M, x);
+    for (int64_t i = 1; i < args_.policy_layers; ++i) {
+      policy_.product(i, M, {x.data, x.stride}, y);
+      policy_.activate(i, M, y);
+      const Rows<float> swap = x;
+      x = y, y = swap;
+    }
+    for (int64_t part = 0, head = 0, at = 0; part < args_.parts; at += args_.part_sizes[part++]) {
+      const bool discrete = args_.discrete[part];
+      raw(head, M, x, y, 0);
+      if (!discrete) raw(head + 1, M, x, y, args_.part_sizes[part]);
+      head += discrete ? 1 : 2;
+      for (int64_t m = 0; m < M; ++m) {
+        const float* noise =
+            args_.action_noise + ((begin + m) * (args_.H + 1) + t) * model_.action + at;
+        if (discrete) draw_action(y[m], noise, action[m] + at, args_.part_sizes[part]);
+        else normal_action(y[m], noise, action[m] + at, args_.part_sizes[part]);
+      }
+    }
+  }
+
+  void raw(int64_t head, int64_t M, Rows<float> x, Rows<float> y, int64_t at) const {
+    const Rows<float> to{y.data + at, y.stride};
+    start_rows(to, args_.heads[head].bias, M, args_.heads[head].outputs);
+    gemm(M, x.data, x.stride, heads_[head], to.data, to.stride, true);
+  }
+
+  void draw_action(float* logits, const float* noise, float* action, int64_t n) const {
+    unimix_row(logits, logits, n, args_.policy_mix);
+    const int32_t drawn = draw(logits, noise, n);
+    for (int64_t i = 0; i < n; ++i) action[i] = i == drawn;
+  }
+
+  // mean + std noise with mean = tanh(raw), std = 0.9 sigmoid(raw + 2) + 0.1.
+  static void normal_action(const float* raw, const float* noise, float* action, int64_t n) {
+    by_vectors(n, [&](int64_t i, int c) {
+      const Vec std = 0.9f * sigmoid(load_some(raw + n + i, c) + 2.0f) + 0.1f;
+      store_some(action + i, tanh(load_some(raw + i, c)) + std * load_some(noise + i, c), c);
+    });
+  }
+
+  const fd_rssm& model_;
+  const fd_imagine& args_;
+  int64_t latent_;
+  Cell cell_;
+  Stack prior_, policy_;
+  Packed by_deter_, heads_[kMaxHeads];
+  Table by_stoch_;
+};
+
+}  // namespace
+
+void rssm_imagine(const fd_rssm& model, const fd_imagine& args) {
+  const Rollout rollout(model, args);
+  parallel_for((args.N + kRows - 1) / kRows, [&](int64_t tile) {
+    const int64_t end = (tile + 1) * kRows;
+    rollout.run(tile * kRows, end < args.N ? end : args.N);
+  });
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdreamer

@@ -1,0 +1,168 @@
+"""The imagined rollout of the prior with the policy inside; no gradient.
+
+Legend: N rows, H horizon, D deter, S stoch, K classes, A action.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import library
+from .rssm_weights import (
+    MAX_BLOCKS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    Arguments,
+    CLayer,
+    CModel,
+    Layer,
+    RSSMWeights,
+    c_layer,
+    c_model,
+    drawn,
+)
+from .unimix import sample, unimix
+
+
+class PolicyWeights(NamedTuple):
+    """Policy over features: hidden layers, and by part of the action its output layers.
+
+    heads: logits of a discrete part; mean and std of a continuous one. deter_first: order of the
+    features. mix: weight of the uniform distribution in discrete parts.
+    """
+
+    layers: tuple[Layer, ...]
+    heads: tuple[tuple[Layer, ...], ...]
+    deter_first: bool
+    mix: float
+
+    def act(self, deter: Tensor, stoch: Tensor, noise: Tensor, eps: float) -> Tensor:
+        """(N, D), (N, S, K), (N, A) -> action vectors (N, A)."""
+        parts = (deter, stoch.flatten(-2))
+        x = torch.cat(parts if self.deter_first else parts[::-1], -1)
+        for layer in self.layers:
+            x = layer(x, eps)
+        sizes = [head[0].weight.shape[0] for head in self.heads]
+        drawn = zip(self.heads, noise.split(sizes, -1), strict=True)
+        return torch.cat([self._part([out(x, eps) for out in head], n) for head, n in drawn], -1)
+
+    def _part(self, raw: Sequence[Tensor], noise: Tensor) -> Tensor:
+        if len(raw) == 1:
+            return sample(unimix(raw[0], self.mix), noise)
+        mean, std = raw
+        return torch.tanh(mean) + (0.9 * torch.sigmoid(std + 2) + 0.1) * noise
+
+
+@torch.no_grad()
+def rssm_imagine(
+    weights: RSSMWeights,
+    policy: PolicyWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    action_noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rollout of the prior under a policy, without gradient.
+
+    Args:
+        deter: (N, D) and stoch: (N, S, K) one-hot or zeros, the starts.
+        noise: (N, H, S, K) Gumbel. action_noise: (N, H + 1, A), Gumbel for discrete parts,
+            standard normal for continuous ones. Zeros draw modes and means.
+
+    Returns:
+        deter (N, H + 1, D), stoch (N, H + 1, S, K), the start first, and the action taken in each
+        (N, H + 1, A).
+
+    Source: DreamerV3, eq. 3 and "Actor learning".
+    """
+    deters, stochs = [deter], [stoch]
+    actions = [policy.act(deter, stoch, action_noise[:, 0], weights.eps)]
+    for t in range(noise.shape[1]):
+        deter = weights.cell.step(stoch.flatten(-2), actions[-1], deter, weights.eps)
+        stoch = sample(weights.latent(weights.prior, deter), noise[:, t])
+        deters.append(deter)
+        stochs.append(stoch)
+        actions.append(policy.act(deter, stoch, action_noise[:, t + 1], weights.eps))
+    return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+
+
+_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class CImagine(Arguments):
+    """``fd_imagine``."""
+
+    _fields_ = [
+        ("N", _SIZE),
+        ("H", _SIZE),
+        *((k, _POINTER) for k in ("start_deter", "start_index", "noise", "action_noise")),
+        *((k, _POINTER) for k in ("deter", "index", "action")),
+        ("policy", ctypes.POINTER(CLayer)),
+        ("policy_layers", _SIZE),
+        ("deter_first", ctypes.c_int32),
+        ("policy_mix", ctypes.c_float),
+        ("parts", _SIZE),
+        ("part_sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("discrete", ctypes.POINTER(ctypes.c_uint8)),
+        ("heads", ctypes.POINTER(CLayer)),
+    ]
+
+
+SIGNATURE = (ctypes.POINTER(CModel), ctypes.POINTER(CImagine))
+
+
+@torch.no_grad()
+def rssm_imagine_cpp(
+    weights: RSSMWeights,
+    policy: PolicyWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    action_noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rssm_imagine` by the C++ library, in float32.
+
+    Other types, and models beyond the library's limits (8 layers, 64 blocks, 32 parts of an
+    action), are served by the reference.
+    """
+    heads = [layer for head in policy.heads for layer in head]
+    layers = max(len(policy.layers), len(weights.prior))
+    fits = layers <= MAX_LAYERS and weights.blocks <= MAX_BLOCKS and 2 * len(policy.heads) <= MAX_HEADS
+    if deter.dtype != torch.float32 or not fits:
+        return rssm_imagine(weights, policy, deter, stoch, noise, action_noise)
+    rows, horizon = noise.shape[:2]
+    starts = [x.contiguous() for x in (deter, drawn(stoch), noise, action_noise)]
+    deters = deter.new_empty(rows, horizon + 1, deter.shape[1])
+    indices = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
+    actions = torch.empty_like(starts[3])
+    sizes = [head[0].weight.shape[0] for head in policy.heads]
+    rollout = CImagine.of(
+        N=rows,
+        H=horizon,
+        start_deter=starts[0],
+        start_index=starts[1],
+        noise=starts[2],
+        action_noise=starts[3],
+        deter=deters,
+        index=indices,
+        action=actions,
+        policy=(CLayer * len(policy.layers))(*map(c_layer, policy.layers)),
+        policy_layers=len(policy.layers),
+        deter_first=policy.deter_first,
+        policy_mix=policy.mix,
+        parts=len(sizes),
+        part_sizes=(ctypes.c_int64 * len(sizes))(*sizes),
+        discrete=(ctypes.c_uint8 * len(sizes))(*(len(head) == 1 for head in policy.heads)),
+        heads=(CLayer * len(heads))(*map(c_layer, heads)),
+    )
+    model = c_model(weights, actions.shape[-1], weights.prior)
+    library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
+    classes = stoch.new_zeros(rows, horizon + 1, *stoch.shape[1:])
+    classes.scatter_(-1, indices.clamp(min=0).long().unsqueeze(-1), 1.0)
+    classes[:, 0] = stoch  # the start may be zeros
+    return deters, classes, actions
