@@ -198,6 +198,8 @@ TASKS = {
     "gymnasium:CartPol-v1": "gymnasium cannot make 'CartPol-v1'",
     "gymnasium:CartPole-v99": "nearest: CartPole-v1",
     "gymnasium:Blackjack-v1": "the space of 'observation' is not supported: Tuple(Discrete(32)",
+    "dmc_reacher_eas": "DeepMind Control has no task 'reacher_eas'; nearest: dmc_reacher_easy",
+    "dmc:": "DeepMind Control has no task ''; nearest: none",
     "minerl:navgate": "MineRL has no task 'navgate' here; nearest: navigate",
     "robts_here:Robot": "there is no module 'robts_here' in",
     "robots_here:Robt": "module 'robots_here' has no 'Robt'; nearest: Robot",

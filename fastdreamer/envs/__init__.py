@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium
 
 from fastdreamer.envs.base import FORMS, EnvOptions, TaskError, VectorEnv, nearest
+from fastdreamer.envs.control import PREFIX, dmc_tasks, find_dmc
 from fastdreamer.envs.gym import Factory, GymEnv, factory_by_id
 from fastdreamer.envs.minerl import minerl_factory
 from fastdreamer.envs.own import factory_by_path, is_import_path, module_exists
@@ -12,7 +13,7 @@ from fastdreamer.envs.pool import PoolEnv, atari_games, find_atari, import_envpo
 
 __all__ = ["EnvOptions", "TaskError", "VectorEnv", "find_factory", "make_envs"]
 
-PREFIXES = ("atari", "envpool", "gymnasium", "minerl")
+PREFIXES = ("atari", "dmc", "envpool", "gymnasium", "minerl")
 
 
 def make_envs(
@@ -22,6 +23,7 @@ def make_envs(
 
     Args:
       task: an Atari game by any spelling (`ms_pacman`, `MsPacman-v5`, `atari:ms_pacman`),
+        DeepMind Control by dm_control's name (`dmc_reacher_easy`, `dmc:reacher_easy`),
         `envpool:ID`, `gymnasium:ID`, `minerl:navigate`, `my.module:make_env` (a function or class
         that makes one `gymnasium.Env`, importable from the current directory), or such a function.
       num_envs: number of environments, N, at least 1.
@@ -42,7 +44,11 @@ def make_envs(
     prefix, colon, name = task.partition(":")
     if colon and prefix == "envpool":
         return PoolEnv(name, num_envs, seed, options)
-    found = find_atari(name if prefix == "atari" else task)
+    if PREFIX.match(task):
+        import_envpool(task)
+        found = find_dmc(task)
+    else:
+        found = find_atari(name if prefix == "atari" else task)
     if found is None:
         raise TaskError(_unknown(task))
     return PoolEnv(found, num_envs, seed, options)
@@ -72,6 +78,7 @@ def _unknown(task: str) -> str:
     prefix, colon, name = task.partition(":")
     valid = list(atari_games())
     if prefix != "atari":
+        valid += [f"dmc_{name}" for name in dmc_tasks()]
         valid += [f"envpool:{name}" for name in import_envpool(task).list_all_envs()]
         valid += [f"gymnasium:{name}" for name in gymnasium.registry]
     near = nearest(task, valid)

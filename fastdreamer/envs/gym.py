@@ -32,7 +32,7 @@ class GymEnv:
         self._envs = [factory() for _ in range(num_envs)]
         env = self._envs[0]
         check_env(env)
-        self.num_envs, self.is_atari = num_envs, False
+        self.num_envs, self.is_atari, self.frames = num_envs, False, 1
         self._space = env.action_space
         self.act_space = from_zero(self._space)
         self._observe = Observer(env.observation_space, options.image_size)
