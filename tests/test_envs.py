@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -240,6 +241,117 @@ def test_dmc_seeds() -> None:
     np.testing.assert_array_equal(one, start("envpool:ReacherEasy-v1", 2, 1))
     np.testing.assert_array_equal(one[1], start("dmc_reacher_easy", 1, 2)[0])
     assert (one[0] != one[1]).any()
+
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports dm_control
+
+STATES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "cartpole_swingup": lambda obs: (
+        [obs["position"][0], np.arctan2(obs["position"][2], obs["position"][1])],
+        obs["velocity"],
+    ),
+    "point_mass_easy": lambda obs: (obs["position"], obs["velocity"]),
+    "cheetah_run": lambda obs: ([0.0, *obs["position"]], obs["velocity"]),
+}
+"""The simulation's positions and velocities from a first observation."""
+
+
+@pytest.mark.parametrize("task", STATES)
+def test_dmc_equals_dm_control(task: str) -> None:
+    suite = pytest.importorskip("dm_control.suite")
+    env = make_envs(f"dmc_{task}", 1, 0, EnvOptions(dmc_repeat=1))
+    official, rng = suite.load(*task.rsplit("_", 1)), np.random.default_rng(0)
+    row, now, total = env.reset(), official.reset(), 0.0
+    with official.physics.reset_context():
+        state = STATES[task]({key: row[key][0].astype(np.float64) for key in env.obs_space})
+        official.physics.data.qpos[:], official.physics.data.qvel[:] = state
+    for _ in range(100):
+        action = rng.uniform(-1, 1, (1, *env.act_space.shape))
+        row, now = env.step(action), official.step(action[0])
+        np.testing.assert_allclose(row["reward"][0], now.reward, atol=1e-3)
+        for key, value in now.observation.items():
+            np.testing.assert_allclose(row[key][0], value, atol=1e-2, rtol=1e-2)
+        total += now.reward
+    assert total > 0
+
+
+@pytest.fixture
+def picture() -> None:
+    """Skips where dm_control is not installed, or finds no OpenGL to draw by."""
+    pytest.importorskip("dm_control")
+    code = (
+        "from dm_control import suite;"
+        "suite.load('reacher', 'easy').physics.render(8, 8, camera_id=0)"
+    )
+    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+        pytest.skip("dm_control cannot draw by OpenGL here")
+
+
+@pytest.mark.usefixtures("picture")
+def test_dmc_images() -> None:
+    options = EnvOptions(dmc_images=True, image_size=32, dmc_repeat=50)
+    env = make_envs("dmc_cup_catch", 2, 0, options)
+    assert env.obs_space == spaces.Dict({"image": spaces.Box(0, 255, (32, 32, 3), np.uint8)})
+    assert env.act_space == spaces.Box(-1, 1, (2,), np.float32) and env.frames == 50
+    rows = wander(env, 21)
+    last = [bool(row["is_last"].all()) for row in rows]
+    assert last == [False] * 20 + [True, False] and rows[-1]["is_first"].all()
+    assert not any(row["is_terminal"].any() for row in rows)
+    assert rows[0]["image"].std() > 10 and (rows[0]["image"] != rows[10]["image"]).any()
+    again = make_envs("dmc:ball_in_cup_catch", 2, 0, options).reset()["image"]
+    np.testing.assert_array_equal(again, rows[0]["image"])
+    assert (again[0] != again[1]).any()
+    with pytest.raises(TaskError, match="no task 'cup_catsh'; nearest: dmc_ball_in_cup_catch"):
+        make_envs("dmc_cup_catsh", 1, 0, options)
+    env.close()
+
+
+@pytest.mark.usefixtures("picture")
+def test_dmc_images_sum_the_rewards_of_a_step() -> None:
+    def score(repeat: int) -> float:
+        options = EnvOptions(dmc_images=True, image_size=8, dmc_repeat=repeat)
+        env = make_envs("dmc_cartpole_balance", 1, 0, options)
+        env.reset()
+        rows = [env.step(np.full((1, 1), 0.1)) for _ in range(20 // repeat)]
+        return sum(row["reward"][0] for row in rows)
+
+    assert score(1) > 5
+    np.testing.assert_allclose(score(2), score(1), rtol=1e-6)
+
+
+def test_crafter() -> None:
+    pytest.importorskip("crafter")
+    env = make_envs("crafter_reward", 2, 3, EnvOptions())
+    assert env.obs_space == spaces.Dict({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+    assert env.act_space == spaces.Discrete(17) and env.action_names is not None
+    assert env.action_names[:2] == ["noop", "move_left"]
+    rows = play(env, 400)
+    for row in rows:
+        assert (row["is_last"] == row["is_terminal"]).all()  # no time limit within 400 steps
+    rewards = np.stack([row["reward"] for row in rows])
+    assert rewards.max() > 0.8 and np.abs(10 * rewards - np.rint(10 * rewards)).max() < 1e-4
+    again = play(make_envs("crafter:reward", 2, 3, EnvOptions()), 50)
+    np.testing.assert_array_equal(again[-1]["image"], rows[50]["image"])
+    assert (rows[0]["image"][0] != rows[0]["image"][1]).any()
+    silent = play(make_envs("crafter_noreward", 1, 3, EnvOptions()), 300)
+    assert not any(row["reward"].any() for row in silent)
+
+
+def test_crafter_tells_its_achievements_where_an_episode_ends() -> None:
+    pytest.importorskip("crafter")
+    env, rng = make_envs("crafter_reward", 1, 0, EnvOptions()), np.random.default_rng(0)
+    row, score = env.reset(), 0.0
+    while not row["is_last"][0]:
+        assert not env.logged[0]
+        row = env.step(rng.integers(0, 17, 1))
+        score += float(row["reward"][0])
+    counts = env.logged[0]
+    assert len(counts) == 22 and all(name.startswith("achievement_") for name in counts)
+    # All that is rewarded: first times, and health, which ends at 0 of 9.
+    np.testing.assert_allclose(sum(n > 0 for n in counts.values()) - 0.9, score, atol=1e-4)
+    env.step(np.zeros(1, np.int64))
+    env.step(np.zeros(1, np.int64))
+    assert not env.logged[0]
 
 
 # Row conventions, both engines -----------------------------------------------------------------

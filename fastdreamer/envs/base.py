@@ -28,8 +28,8 @@ import numpy as np
 from fastdreamer.errors import UserError
 
 FORMS = (
-    "an Atari game (ms_pacman, atari:ms_pacman), dmc_NAME (dmc_walker_walk), envpool:ID,"
-    " gymnasium:ID, minerl:navigate or my.module:make_env"
+    "an Atari game (ms_pacman, atari:ms_pacman), dmc_NAME (dmc_walker_walk), crafter_reward,"
+    " envpool:ID, gymnasium:ID, minerl:navigate or my.module:make_env"
 )
 """What a task's name may be, for messages."""
 
@@ -63,6 +63,8 @@ class EnvOptions:
     """Atari: the loss of a life ends the episode, without restarting the game."""
     dmc_repeat: int = 2
     """DeepMind Control: frames per step, of which an episode has 1000; their rewards are summed."""
+    dmc_images: bool = False
+    """DeepMind Control: observe images, which need dm_control, instead of vectors."""
     num_threads: int = 0
     """Threads of the envpool engine; 0 lets it choose."""
 
@@ -93,6 +95,8 @@ class VectorEnv(Protocol):
     """The environments are Atari games."""
     frames: int
     """Frames of the emulator or the simulation in a step."""
+    logged: list[dict[str, float]]
+    """What each environment tells of the episode that it has just ended, by name."""
     action_names: list[str] | None
     """Names of the discrete actions in order, where the environment has them."""
 

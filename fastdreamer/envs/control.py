@@ -44,13 +44,19 @@ def find_dmc(task: str) -> str | None:
     """
     if not PREFIX.match(task):
         return None
-    name = PREFIX.sub("", task, count=1)
+    name = suite_name(task)
     tasks = {fold(known): found for known, found in dmc_tasks().items()}
-    folded = fold(re.sub(r"-v\d+$", "", _ALIASES.get(name, name)))
+    folded = fold(re.sub(r"-v\d+$", "", name))
     if folded not in tasks:
         near = ", ".join(f"dmc_{known}" for known in nearest(name, dmc_tasks())) or "none"
         raise TaskError(f"DeepMind Control has no task '{name}'; nearest: {near}")
     return tasks[folded]
+
+
+def suite_name(task: str) -> str:
+    """What dm_control calls `dmc_NAME` or `dmc:NAME`."""
+    name = PREFIX.sub("", task, count=1)
+    return _ALIASES.get(name, name)
 
 
 def step_repeatedly(pool: Any, action: np.ndarray, resetting: np.ndarray, repeat: int) -> Any:

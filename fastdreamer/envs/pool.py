@@ -72,6 +72,7 @@ class PoolEnv:
         self._dtypes = {k: v.dtype for k, v in self._pool.spec.action_array_spec.items()}
         self.action_names = _atari_action_names(self._pool.config) if atari else None
         self._ended = np.zeros(num_envs, bool)
+        self.logged: list[dict[str, float]] = [{}] * num_envs
 
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self._pool.reset()
