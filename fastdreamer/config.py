@@ -135,11 +135,13 @@ class Config:
     """A training run of DreamerV3."""
 
     preset: str = "atari100k"
-    """Named set of defaults: atari100k, atari100k-2025 or demo."""
+    """Named set of defaults: atari100k, atari100k-2025, dmc_proprio, dmc_vision, crafter, custom or
+    demo."""
     recipe: Literal["2023", "2025"] = "2023"
     """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it) or 2025 (Nature, official code)."""
     task: str = "ms_pacman"
-    """Atari game by name, envpool:<id>, gymnasium:<id>, minerl:navigate or my.module:make_env."""
+    """Atari game by name, dmc_<name>, crafter_reward, envpool:<id>, gymnasium:<id>,
+    minerl:navigate or my.module:make_env."""
     size: str = "s"
     """Sizes of the networks: xs, s, m, l, xl (recipe 2023), 1m to 400m (recipe 2025), or debug;
     single fields can be set by --model.*."""
@@ -246,6 +248,48 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         "atari100k": Config(),
         "atari100k-2025": Config(
             preset="atari100k-2025", recipe="2025", size="12m", learner=_LEARNER_2025
+        ),
+        # Size, repeat, environments and train ratio 512 as in the official code when it turned to
+        # this recipe (2411f7d); since f8817c4 it has size 1m, no repeat and train ratio 1024. A
+        # train ratio is replayed steps per agent step, whatever the repeat: 512 / (16 * 64).
+        "dmc_proprio": Config(
+            preset="dmc_proprio",
+            recipe="2025",
+            task="dmc_walker_walk",
+            size="12m",
+            steps=250_000,
+            num_envs=16,
+            learner=replace(_LEARNER_2025, replay_ratio=0.5, prefill=1040),
+        ),
+        # The same for images; the official curves have twice the frames.
+        "dmc_vision": Config(
+            preset="dmc_vision",
+            recipe="2025",
+            task="dmc_walker_walk",
+            size="12m",
+            steps=500_000,
+            num_envs=16,
+            env=EnvOptions(dmc_images=True),
+            learner=replace(_LEARNER_2025, replay_ratio=0.5, prefill=1040),
+        ),
+        # The official code's: train ratio 512, one environment, its default size.
+        "crafter": Config(
+            preset="crafter",
+            recipe="2025",
+            task="crafter_reward",
+            size="200m",
+            steps=1_000_000,
+            learner=replace(_LEARNER_2025, replay_ratio=0.5),
+        ),
+        # For any environment of one's own: ours, between what the official code has for others.
+        "custom": Config(
+            preset="custom",
+            recipe="2025",
+            task="gymnasium:CartPole-v1",
+            size="12m",
+            steps=500_000,
+            num_envs=4,
+            learner=replace(_LEARNER_2025, replay_ratio=0.5),
         ),
         "demo": Config(
             preset="demo",

@@ -84,12 +84,20 @@ class Logger:
         """Move the progress bar."""
         self._bar.update(steps)
 
-    def episode(self, step: int, updates: int, score: float, length: int) -> None:
-        """Log a finished episode: its return in raw reward units, its length in steps."""
+    def episode(
+        self,
+        step: int,
+        updates: int,
+        score: float,
+        length: int,
+        more: Mapping[str, float] | None = None,
+    ) -> None:
+        """Log a finished episode: its return in raw reward units, its length in steps, and more."""
         self._scores.append(score)
         self._postfix |= {"score": f"{score:g}", "mean": f"{self.mean_score:.4g}"}
         self._bar.set_postfix(self._postfix, refresh=False)
-        self.write(step, updates, {"episode/score": score, "episode/length": length})
+        told = {"score": score, "length": length, **(more or {})}
+        self.write(step, updates, {f"episode/{name}": value for name, value in told.items()})
 
     def write(self, step: int, updates: int, metrics: Mapping[str, float]) -> None:
         """Log scalars at an environment step and update count."""

@@ -141,7 +141,7 @@ def describe(trainer: Trainer) -> str:
     size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     steps = config.steps - trainer.step
     updates = total_updates(config, config.steps) - trainer.learner.updates
-    frames = f" of {config.env.action_repeat} frames" if trainer.envs.is_atari else ""
+    frames = f" of {trainer.envs.frames} frames" if trainer.envs.frames > 1 else ""
     resumed = f" from step {trainer.step:,} on" if trainer.step else ""
     kind = "" if RECIPES[config.recipe].joint else "random "
     lines = [

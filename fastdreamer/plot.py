@@ -221,7 +221,7 @@ def _draw_band(
 
 
 def _draw_reference(panel: Axes, config: Config, bins: int) -> None:
-    curves = official_curves(config.task, config.env.action_repeat)
+    curves = official_curves(config.task, config.env)
     if not curves:
         print(f"--reference: no official curve of {config.task} is here", file=sys.stderr)
         return

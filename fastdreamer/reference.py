@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from fastdreamer.envs.base import EnvOptions, fold
 
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "reference"
 
@@ -50,31 +51,29 @@ def published_score(task: str, recipe: str) -> Published | None:
         return None
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            if _fold(row["game"]) == game:
+            if fold(row["game"]) == game:
                 dreamer = row.get(_COLUMNS.get(recipe, ""))
                 score = float(dreamer) if dreamer else None
                 return Published(float(row["random"]), float(row["human"]), score)
     return None
 
 
-def official_curves(task: str, action_repeat: int) -> list[Curve]:
+def official_curves(task: str, options: EnvOptions) -> list[Curve]:
     """The official learning curves of a task (recipe 2025), one per seed; [] where none is known.
 
     Args:
         task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and DeepMind Control
-            (dmc:NAME or envpool:ID, from vectors) are known.
-        action_repeat: Atari frames per step of ours; the official curves count frames.
+            (from vectors) are known.
+        options: of our environments; the official curves count frames, ours the agent's steps.
     """
-    game = atari_name(task)
-    prefix, _, name = task.partition(":")
+    game, control = atari_name(task), control_name(task)
     if game is not None:
-        rows, scale = _rows("atari100k").get(f"atari{game}", []), action_repeat
-    elif prefix in ("dmc", "envpool"):
-        control = re.sub(r"-v\d+$", "", name)
-        rows, scale = _rows("dmc_proprio").get(f"dmc{_fold(control)}", []), 1
+        rows, frames = _rows("atari100k").get(f"atari{game}", []), options.action_repeat
+    elif control is not None:
+        rows, frames = _rows("dmc_proprio").get(f"dmc{control}", []), options.dmc_repeat
     else:
         return []
-    return [Curve(np.array(r["xs"]) / scale, np.array(r["ys"])) for r in rows]
+    return [Curve(np.array(r["xs"]) / frames, np.array(r["ys"])) for r in rows]
 
 
 @cache
@@ -91,7 +90,24 @@ def atari_name(task: str) -> str | None:
             found = find_atari(name if prefix == "atari" else task)
     except TaskError:  # no envpool, as on another operating system
         found = None
-    return None if found is None else _fold(found.rpartition("-")[0])
+    return None if found is None else fold(found.rpartition("-")[0])
+
+
+@cache
+def control_name(task: str) -> str | None:
+    """A task of DeepMind Control in small letters without separators; None for other tasks."""
+    from fastdreamer.envs import TaskError
+    from fastdreamer.envs.control import dmc_tasks, find_dmc
+    from fastdreamer.envs.pool import import_envpool
+
+    prefix, _, name = task.partition(":")
+    try:
+        import_envpool(task)
+        found = name if prefix == "envpool" else find_dmc(task)
+    except TaskError:  # no envpool, or no such task
+        found = None
+    names = {envpool_id: known for known, envpool_id in dmc_tasks().items()} if found else {}
+    return fold(names[found]) if found in names else None
 
 
 @cache
@@ -102,9 +118,5 @@ def _rows(suite: str) -> dict[str, list[dict]]:
     if path.exists():
         with gzip.open(path, "rt") as file:
             for row in json.load(file):
-                tasks.setdefault(_fold(row["task"]), []).append(row)
+                tasks.setdefault(fold(row["task"]), []).append(row)
     return tasks
-
-
-def _fold(name: str) -> str:
-    return name.replace("_", "").lower()

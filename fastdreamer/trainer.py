@@ -274,7 +274,8 @@ class Trainer:
         for i in np.flatnonzero(rows["is_last"]):
             score, length = float(self.returns[i]), int(self.lengths[i])
             self.scores.append(score)
-            self.logger.episode(self.step, self.learner.updates, score, length)
+            logged = self.envs.logged[i]
+            self.logger.episode(self.step, self.learner.updates, score, length, logged)
             self.returns[i] = self.lengths[i] = 0
 
     def _film(self) -> None:

@@ -345,11 +345,14 @@ class TestPlot:
         assert len(plot.read_log(copy).lines) == count
 
     def test_official_curves_are_in_steps(self) -> None:
-        curves = reference.official_curves("ms_pacman", 4)
+        curves = reference.official_curves("ms_pacman", EnvOptions())
         assert len(curves) == 5 and all(90_000 < c.steps.max() <= 100_000 for c in curves)
-        for task in ("envpool:CheetahRun-v1", "dmc:cheetah_run"):
-            assert len(reference.official_curves(task, 4)) == 5
-        assert not reference.official_curves(TASK, 4)
+        for task in ("envpool:CheetahRun-v1", "dmc:cheetah_run", "dmc_cheetah_run"):
+            for repeat in (1, 2):
+                curves = reference.official_curves(task, EnvOptions(dmc_repeat=repeat))
+                assert [c.steps.max() for c in curves] == [490_000 / repeat] * 5
+        for task in (TASK, "dmc_dog_run", "dmc_no_such"):
+            assert not reference.official_curves(task, EnvOptions())
 
     def test_refuses(self, logdir: Path, copy: Path, tmp_path: Path) -> None:
         for options, message in [

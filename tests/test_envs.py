@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -15,8 +18,10 @@ from PIL import Image
 
 from fastdreamer.envs import EnvOptions, TaskError, make_envs
 from fastdreamer.envs.base import check_action
+from fastdreamer.envs.control import dmc_tasks, find_dmc
 from fastdreamer.envs.observe import Observer
 from fastdreamer.envs.pool import find_atari
+from fastdreamer.reference import FOLDER
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 
@@ -131,6 +136,222 @@ def test_full_action_space_and_life_loss() -> None:
             length = 0
     assert max(lengths) < 100
     env.close()
+
+
+# DeepMind Control ------------------------------------------------------------------------------
+
+
+def wander(env: Any, steps: int) -> list[dict[str, np.ndarray]]:
+    rng, rows = np.random.default_rng(0), [env.reset()]
+    for _ in range(steps):
+        rows.append(env.step(rng.uniform(-1, 1, (env.num_envs, *env.act_space.shape))))
+    return rows
+
+
+def test_every_dmc_task_has_a_name() -> None:
+    from envpool.registration import registry
+
+    ids = {task for task, spec in registry.specs.items() if "dmc" in spec[0]}
+    assert len(ids) >= 51 and set(dmc_tasks().values()) == ids
+    for name, task in dmc_tasks().items():
+        assert find_dmc(f"dmc_{name}") == find_dmc(f"dmc:{task}") == task
+    assert dmc_tasks()["ball_in_cup_catch"] == find_dmc("dmc_cup_catch") == "BallInCupCatch-v1"
+    assert find_dmc("dmc_humanoid_CMU_run") == "HumanoidCMURun-v1"
+    assert find_dmc("walker_walk") is None
+
+
+with gzip.open(FOLDER / "scores/dmc_proprio-dreamerv3.json.gz", "rt") as curves:
+    WITH_CURVES = sorted({row["task"] for row in json.load(curves)})
+
+
+@pytest.mark.parametrize("task", [*WITH_CURVES, "dmc_manipulator_bring_ball"])
+def test_dmc_spaces(task: str) -> None:
+    env = make_envs(task, 2, 0, EnvOptions())
+    assert not env.is_atari and (env.act_space.low == -1).all() and (env.act_space.high == 1).all()
+    env.reset()
+    row = env.step(np.zeros((2, *env.act_space.shape)))
+    for key, space in env.obs_space.spaces.items():
+        assert len(space.shape) == 1 and row[key].dtype == space.dtype == np.float32
+        assert row[key].shape == (2, *space.shape) and np.isfinite(row[key]).all()
+    env.close()
+
+
+@pytest.mark.parametrize(("repeat", "length"), [(1, 1000), (2, 500), (3, 334)])
+def test_dmc_episodes_have_1000_frames_and_are_truncated(repeat: int, length: int) -> None:
+    env = make_envs("dmc_reacher_easy", 2, 0, EnvOptions(dmc_repeat=repeat))
+    rows = wander(env, length + 1)
+    first, last = (np.stack([row[key] for row in rows]) for key in ("is_first", "is_last"))
+    assert np.flatnonzero(first.all(1)).tolist() == [0, length + 1] and first.sum() == 4
+    assert np.flatnonzero(last.all(1)).tolist() == [length] and last.sum() == 2
+    assert not any(row["is_terminal"].any() for row in rows)
+    assert (rows[-1]["reward"] == 0).all()
+    env.close()
+
+
+def test_dmc_rewards_are_summed_over_the_frames_of_a_step() -> None:
+    single = make_envs("dmc_cartpole_balance", 3, 5, EnvOptions(dmc_repeat=1))
+    double = make_envs("dmc:cartpole_balance", 3, 5, EnvOptions())
+    ones, twos, rng = [single.reset()], [double.reset()], np.random.default_rng(0)
+    for _ in range(505):
+        action = rng.uniform(-1, 1, (3, 1))
+        for _ in range(1 if ones[-1]["is_last"].any() else 2):
+            ones.append(single.step(action))
+        twos.append(double.step(action))
+    frames = [*range(0, 1001, 2), *range(1001, 1010, 2)]  # the reset takes one frame of either
+    for row, frame in zip(twos, frames, strict=True):
+        for key in ("is_last", "is_first", *double.obs_space.spaces):
+            np.testing.assert_array_equal(row[key], ones[frame][key])
+        alone = ones[frame]["is_first"].any()
+        both = ones[frame]["reward"] + (0 if alone else ones[frame - 1]["reward"])
+        np.testing.assert_allclose(row["reward"], both)
+    assert sum(row["reward"][0] for row in twos[:501]) > 100
+
+
+def test_an_environment_that_ends_alone_does_not_hold_the_others_up() -> None:
+    env = make_envs("dmc_reacher_easy", 2, 0, EnvOptions(dmc_repeat=7))
+    pool, stepped = env._pool, []
+
+    class Ending:
+        """Environment 1 ends at the third frame; every reward is 1."""
+
+        def step(self, action: np.ndarray, ids: np.ndarray | None = None) -> Any:
+            stepped.append([0, 1] if ids is None else ids.tolist())
+            obs, reward, terminated, truncated, info = pool.step(action, ids)
+            reward[:] = 1.0
+            terminated[:] = np.array(stepped[-1]) == (1 if len(stepped) == 3 else -1)
+            return obs, reward, terminated, truncated, info
+
+    env.reset()
+    env._pool = Ending()
+    row = env.step(np.zeros((2, 2)))
+    assert stepped == [[0, 1]] * 3 + [[0]] * 4
+    assert row["reward"].tolist() == [7, 3] and row["is_terminal"].tolist() == [False, True]
+    stepped[:] = [[]] * 3
+    row = env.step(np.zeros((2, 2)))  # the one resets by a frame, the other goes on
+    assert stepped[3:] == [[0, 1]] + [[0]] * 6
+    assert row["reward"].tolist() == [7, 0] and row["is_first"].tolist() == [False, True]
+    pool.close()
+
+
+def test_dmc_seeds() -> None:
+    def start(task: str, count: int, seed: int) -> np.ndarray:
+        return make_envs(task, count, seed, EnvOptions()).reset()["to_target"]
+
+    one = start("dmc_reacher_easy", 2, 1)
+    np.testing.assert_array_equal(one, start("envpool:ReacherEasy-v1", 2, 1))
+    np.testing.assert_array_equal(one[1], start("dmc_reacher_easy", 1, 2)[0])
+    assert (one[0] != one[1]).any()
+
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports dm_control
+
+STATES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "cartpole_swingup": lambda obs: (
+        [obs["position"][0], np.arctan2(obs["position"][2], obs["position"][1])],
+        obs["velocity"],
+    ),
+    "point_mass_easy": lambda obs: (obs["position"], obs["velocity"]),
+    "cheetah_run": lambda obs: ([0.0, *obs["position"]], obs["velocity"]),
+}
+"""The simulation's positions and velocities from a first observation."""
+
+
+@pytest.mark.parametrize("task", STATES)
+def test_dmc_equals_dm_control(task: str) -> None:
+    suite = pytest.importorskip("dm_control.suite")
+    env = make_envs(f"dmc_{task}", 1, 0, EnvOptions(dmc_repeat=1))
+    official, rng = suite.load(*task.rsplit("_", 1)), np.random.default_rng(0)
+    row, now, total = env.reset(), official.reset(), 0.0
+    with official.physics.reset_context():
+        state = STATES[task]({key: row[key][0].astype(np.float64) for key in env.obs_space})
+        official.physics.data.qpos[:], official.physics.data.qvel[:] = state
+    for _ in range(100):
+        action = rng.uniform(-1, 1, (1, *env.act_space.shape))
+        row, now = env.step(action), official.step(action[0])
+        np.testing.assert_allclose(row["reward"][0], now.reward, atol=1e-3)
+        for key, value in now.observation.items():
+            np.testing.assert_allclose(row[key][0], value, atol=1e-2, rtol=1e-2)
+        total += now.reward
+    assert total > 0
+
+
+@pytest.fixture
+def picture() -> None:
+    """Skips where dm_control is not installed, or finds no OpenGL to draw by."""
+    pytest.importorskip("dm_control")
+    code = (
+        "from dm_control import suite;"
+        "suite.load('reacher', 'easy').physics.render(8, 8, camera_id=0)"
+    )
+    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+        pytest.skip("dm_control cannot draw by OpenGL here")
+
+
+@pytest.mark.usefixtures("picture")
+def test_dmc_images() -> None:
+    options = EnvOptions(dmc_images=True, image_size=32, dmc_repeat=50)
+    env = make_envs("dmc_cup_catch", 2, 0, options)
+    assert env.obs_space == spaces.Dict({"image": spaces.Box(0, 255, (32, 32, 3), np.uint8)})
+    assert env.act_space == spaces.Box(-1, 1, (2,), np.float32) and env.frames == 50
+    rows = wander(env, 21)
+    last = [bool(row["is_last"].all()) for row in rows]
+    assert last == [False] * 20 + [True, False] and rows[-1]["is_first"].all()
+    assert not any(row["is_terminal"].any() for row in rows)
+    assert rows[0]["image"].std() > 10 and (rows[0]["image"] != rows[10]["image"]).any()
+    again = make_envs("dmc:ball_in_cup_catch", 2, 0, options).reset()["image"]
+    np.testing.assert_array_equal(again, rows[0]["image"])
+    assert (again[0] != again[1]).any()
+    with pytest.raises(TaskError, match="no task 'cup_catsh'; nearest: dmc_ball_in_cup_catch"):
+        make_envs("dmc_cup_catsh", 1, 0, options)
+    env.close()
+
+
+@pytest.mark.usefixtures("picture")
+def test_dmc_images_sum_the_rewards_of_a_step() -> None:
+    def score(repeat: int) -> float:
+        options = EnvOptions(dmc_images=True, image_size=8, dmc_repeat=repeat)
+        env = make_envs("dmc_cartpole_balance", 1, 0, options)
+        env.reset()
+        rows = [env.step(np.full((1, 1), 0.1)) for _ in range(20 // repeat)]
+        return sum(row["reward"][0] for row in rows)
+
+    assert score(1) > 5
+    np.testing.assert_allclose(score(2), score(1), rtol=1e-6)
+
+
+def test_crafter() -> None:
+    pytest.importorskip("crafter")
+    env = make_envs("crafter_reward", 2, 3, EnvOptions())
+    assert env.obs_space == spaces.Dict({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+    assert env.act_space == spaces.Discrete(17) and env.action_names is not None
+    assert env.action_names[:2] == ["noop", "move_left"]
+    rows = play(env, 400)
+    for row in rows:
+        assert (row["is_last"] == row["is_terminal"]).all()  # no time limit within 400 steps
+    rewards = np.stack([row["reward"] for row in rows])
+    assert rewards.max() > 0.8 and np.abs(10 * rewards - np.rint(10 * rewards)).max() < 1e-4
+    again = play(make_envs("crafter:reward", 2, 3, EnvOptions()), 50)
+    np.testing.assert_array_equal(again[-1]["image"], rows[50]["image"])
+    assert (rows[0]["image"][0] != rows[0]["image"][1]).any()
+    silent = play(make_envs("crafter_noreward", 1, 3, EnvOptions()), 300)
+    assert not any(row["reward"].any() for row in silent)
+
+
+def test_crafter_tells_its_achievements_where_an_episode_ends() -> None:
+    pytest.importorskip("crafter")
+    env, rng = make_envs("crafter_reward", 1, 0, EnvOptions()), np.random.default_rng(0)
+    row, score = env.reset(), 0.0
+    while not row["is_last"][0]:
+        assert not env.logged[0]
+        row = env.step(rng.integers(0, 17, 1))
+        score += float(row["reward"][0])
+    counts = env.logged[0]
+    assert len(counts) == 22 and all(name.startswith("achievement_") for name in counts)
+    # All that is rewarded: first times, and health, which ends at 0 of 9.
+    np.testing.assert_allclose(sum(n > 0 for n in counts.values()) - 0.9, score, atol=1e-4)
+    env.step(np.zeros(1, np.int64))
+    env.step(np.zeros(1, np.int64))
+    assert not env.logged[0]
 
 
 # Row conventions, both engines -----------------------------------------------------------------
@@ -288,7 +509,7 @@ def test_grey_frames_are_resized_smoothly_and_boards_are_not() -> None:
     [
         (spaces.Box(-1, 1, (4, 4, 3), np.float32), r"'observation' is not supported: Box\(-1.0"),
         (spaces.Dict({"a": spaces.Dict({"b": spaces.Text(5)})}), "'a/b' is not supported: Text"),
-        (spaces.Box(0, 2, (4, 4), np.float32), "not supported"),
+        (spaces.Box(0, 2, (4, 4), np.int64), "not supported"),
         (spaces.Tuple([spaces.Discrete(2)]), "not supported"),
         (spaces.Dict({"reward": spaces.Discrete(2)}), "'reward' is reserved"),
     ],
@@ -343,6 +564,9 @@ def test_every_spelling_makes_the_same_atari() -> None:
         ("ms_pacmann", "unknown task 'ms_pacmann'; nearest: ms_pacman, .*atari:.*envpool:ID"),
         ("CartPole-v1", "nearest: envpool:CartPole-v1, gymnasium:CartPole-v1"),
         ("atari:ponk", "nearest: pong"),
+        ("dmc_walker_wlk", "no task 'walker_wlk'; nearest: dmc_walker_walk"),
+        ("dmc:reachr_easy", "no task 'reachr_easy'; nearest: dmc_reacher_easy"),
+        ("walker_walk", "unknown task 'walker_walk'; nearest: dmc_walker_walk"),
         ("envpool:CartPol-v1", "envpool has no task 'CartPol-v1'; nearest: CartPole-v1"),
         ("gymnasium:CartPol-v1", "gymnasium cannot make 'CartPol-v1'.*nearest: CartPole-v1"),
         ("dmlab:maze", "unknown task 'dmlab:maze'"),
@@ -383,6 +607,7 @@ def test_missing_game_files_are_named(tmp_path: Any) -> None:
         ("image_size", 0),
         ("action_repeat", 0),
         ("noop_max", 0),
+        ("dmc_repeat", 0),
         ("sticky", 1.5),
         ("max_episode_frames", 3),
         ("num_threads", -1),

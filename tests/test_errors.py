@@ -183,6 +183,9 @@ OPTIONS = {
     "--env.sticky 2": "env option sticky must lie in 0..1, got 2.0",
     "--env.noop-max 0": "env option noop_max must be at least 1, got 0",
     "--env.max-episode-frames 3": "must be at least action_repeat (4), got 3",
+    "--env.dmc-repeat 0": "env option dmc_repeat must be at least 1, got 0",
+    "--preset dmc_propio": "unknown --preset 'dmc_propio': did you mean 'dmc_proprio'?",
+    "--preset dmc_proprio --recipe 2023": "of recipe 2025; of recipe 2023 are atari100k, demo",
     "--env.num-threads -1": "env option num_threads must not be negative, got -1",
     "--resume": "--resume: no checkpoint in run/checkpoints",
     "--logdir robots_here.py": "--logdir robots_here.py: File exists",
@@ -198,6 +201,10 @@ TASKS = {
     "gymnasium:CartPol-v1": "gymnasium cannot make 'CartPol-v1'",
     "gymnasium:CartPole-v99": "nearest: CartPole-v1",
     "gymnasium:Blackjack-v1": "the space of 'observation' is not supported: Tuple(Discrete(32)",
+    "dmc_reacher_eas": "DeepMind Control has no task 'reacher_eas'; nearest: dmc_reacher_easy",
+    "dmc_walker_walk": "recipe 2023 supports one Discrete action, not Box(-1.0, 1.0, (6,),",
+    "crafter_rewrd": "Crafter has no task 'rewrd'; nearest: crafter_reward",
+    "dmc:": "DeepMind Control has no task ''; nearest: none",
     "minerl:navgate": "MineRL has no task 'navgate' here; nearest: navigate",
     "robts_here:Robot": "there is no module 'robts_here' in",
     "robots_here:Robt": "module 'robots_here' has no 'Robt'; nearest: Robot",
@@ -216,6 +223,9 @@ TASKS = {
 EXTRAS = {
     "envpool:Catch-v0": ("envpool", "needs the envpool package and its game files: pip install"),
     "ms_pacman": ("envpool", "pip install envpool envpool-assets"),
+    "dmc_walker_walk": ("envpool", "pip install envpool envpool-assets"),
+    "dmc_walker_walk --env.dmc-images": ("dm_control", "pip install fastdreamer[dmc]"),
+    "crafter_reward": ("crafter", "pip install fastdreamer[crafter]"),
     "gymnasium:LunarLander-v3": ("Box2D", 'pip install "gymnasium[box2d]"'),
     "minerl:navigate": (
         "minerl",
@@ -251,7 +261,7 @@ def test_missing_packages(fail: Fail, monkeypatch: pytest.MonkeyPatch, task: str
     package, message = EXTRAS[task]
     monkeypatch.setitem(sys.modules, package, None)
     forget("gymnasium.envs.box2d", monkeypatch)
-    assert message in fail(*TINY, "--logdir", "run", "--task", task)
+    assert message in fail(*TINY, "--logdir", "run", "--task", *task.split())
 
 
 def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:

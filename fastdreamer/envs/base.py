@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ import numpy as np
 from fastdreamer.errors import UserError
 
 FORMS = (
-    "an Atari game (ms_pacman, atari:ms_pacman), envpool:ID, gymnasium:ID, minerl:navigate or"
-    " my.module:make_env"
+    "an Atari game (ms_pacman, atari:ms_pacman), dmc_NAME (dmc_walker_walk), crafter_reward,"
+    " envpool:ID, gymnasium:ID, minerl:navigate or my.module:make_env"
 )
 """What a task's name may be, for messages."""
 
@@ -39,7 +40,7 @@ class TaskError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class EnvOptions:
-    """How environments are made. Fields marked Atari or ViZDoom do nothing for other tasks.
+    """How environments are made. Fields marked with a suite do nothing for other tasks.
 
     Raises:
       TaskError: a value is out of range.
@@ -60,11 +61,15 @@ class EnvOptions:
     """Atari: offer all 18 actions instead of those that the game uses."""
     episodic_life: bool = False
     """Atari: the loss of a life ends the episode, without restarting the game."""
+    dmc_repeat: int = 2
+    """DeepMind Control: frames per step, of which an episode has 1000; their rewards are summed."""
+    dmc_images: bool = False
+    """DeepMind Control: observe images, which need dm_control, instead of vectors."""
     num_threads: int = 0
     """Threads of the envpool engine; 0 lets it choose."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "action_repeat", "noop_max"):
+        for name in ("image_size", "action_repeat", "noop_max", "dmc_repeat"):
             if getattr(self, name) < 1:
                 raise TaskError(f"env option {name} must be at least 1, got {getattr(self, name)}")
         if self.max_episode_frames < self.action_repeat:
@@ -88,6 +93,10 @@ class VectorEnv(Protocol):
     """Of one environment; a Discrete space starts at 0."""
     is_atari: bool
     """The environments are Atari games."""
+    frames: int
+    """Frames of the emulator or the simulation in a step."""
+    logged: list[dict[str, float]]
+    """What each environment tells of the episode that it has just ended, by name."""
     action_names: list[str] | None
     """Names of the discrete actions in order, where the environment has them."""
 
@@ -146,6 +155,11 @@ def from_zero(space: gymnasium.Space[Any]) -> gymnasium.Space[Any]:
     if isinstance(space, gymnasium.spaces.Discrete) and space.start != 0:
         return gymnasium.spaces.Discrete(space.n)
     return space
+
+
+def fold(name: str) -> str:
+    """A name in small letters without separators, to compare spellings by."""
+    return re.sub(r"[_\s]", "", name).lower()
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:

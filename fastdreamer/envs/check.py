@@ -88,7 +88,8 @@ def examine(
     """
     if steps < 1:
         raise TaskError(f"the number of steps must be at least 1, got {steps}")
-    factory = find_factory(task)
+    options = options or EnvOptions()
+    factory = find_factory(task, options)
     odd: dict[str, None] = {}  # an ordered set
     made: list[Checked] = []
 
@@ -119,7 +120,10 @@ def preflight(
     Raises:
       TaskError: as `examine`.
     """
-    if isinstance(task, str) and (task.startswith("minerl:") or find_factory(task) is None):
+    options = options or EnvOptions()
+    if isinstance(task, str) and task.startswith("minerl:"):
+        return []
+    if find_factory(task, options) is None:
         return []
     found = examine(task, options, steps, seconds)
     return [note for note in found.notes if not note.startswith("no episode ended")]

@@ -12,6 +12,8 @@ from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero
 from fastdreamer.envs.observe import Observer
 
 Factory = Callable[[], gymnasium.Env[Any, Any]]
+LOGGED = "fastdreamer/logged"
+"""Key of an info's numbers by name, which are logged beside the score where an episode ends."""
 
 
 class GymEnv:
@@ -33,6 +35,8 @@ class GymEnv:
         env = self._envs[0]
         check_env(env)
         self.num_envs, self.is_atari = num_envs, False
+        self.frames: int = getattr(env.unwrapped, "frames", 1)
+        self.logged: list[dict[str, float]] = [{} for _ in range(num_envs)]
         self._space = env.action_space
         self.act_space = from_zero(self._space)
         self._observe = Observer(env.observation_space, options.image_size)
@@ -73,7 +77,8 @@ class GymEnv:
                 "step must return (observation, reward, terminated, truncated, info),"
                 f" got {_shape_of(result)}"
             )
-        obs, reward, terminated, truncated, _ = result
+        obs, reward, terminated, truncated, info = result
+        self.logged[i] = info.get(LOGGED, {}) if isinstance(info, dict) else {}
         ended = _flag(terminated, "terminated"), _flag(truncated, "truncated")
         return obs, _reward(reward), *ended
 

@@ -6,6 +6,7 @@
 | Box uint8 or float in 0..1, (H, W)        | image of one channel scaled to 0..255: a board   |
 |                                           | by nearest neighbour, a larger one as above      |
 | Box of any number, () or (D,)             | vector float32 (D,)                              |
+| Box of any other floats, (N, D)           | vector float32 (N * D,)                          |
 | Discrete                                  | vector float32 (n,), one-hot                     |
 | Dict                                      | its entries, nested names joined by "/"          |
 
@@ -29,7 +30,7 @@ RESERVED = ("action", "reward", "is_first", "is_last", "is_terminal")
 _CHANNELS = (1, 3, 4)
 _SUPPORTED = (
     "supported are Box uint8 (H, W, C) or (C, H, W) with 1, 3 or 4 channels, Box (H, W) of uint8"
-    " or of floats in 0..1, Box (D,) or (), Discrete, and Dict of these"
+    " or of floats, Box (D,) or (), Discrete, and Dict of these"
 )
 _Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -175,6 +176,8 @@ def _converter(name: str, space: Space[Any], size: int) -> tuple[spaces.Box, _Co
             return _vector_box(int(np.prod(space.shape))), _vector
         if len(space.shape) == 2 and _is_plane(space):
             return _image_box(size, 1), _plane(space, size)
+        if len(space.shape) == 2 and np.issubdtype(space.dtype, np.floating):
+            return _vector_box(int(np.prod(space.shape))), _vector
         if len(space.shape) == 3 and space.dtype == np.uint8:
             if space.shape[-1] in _CHANNELS:
                 return _image_box(size, space.shape[-1]), lambda x: resize_images(x, size, size)

@@ -7,7 +7,7 @@ Facts of envpool 1.2.5 that this file relies on, each checked by a test:
   row show an older frame;
 - a reset plays 1 to noop_max no-op frames, which do not count towards the episode's length;
 - environment i is seeded once, with seed + i, and rows come back in the order of environments.
-ViZDoom's own are in `doom`.
+Those of DeepMind Control are in `control`, of ViZDoom in `doom`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
+from fastdreamer.envs.base import EnvOptions, TaskError, check_action, fold, from_zero, nearest
+from fastdreamer.envs.control import dmc_tasks, step_repeatedly
 from fastdreamer.envs.doom import Workplace, doom_config, doom_reward, doom_terminal
 from fastdreamer.envs.observe import Observer
 
@@ -45,8 +46,11 @@ class PoolEnv:
         if task_id not in envpool.list_all_envs():
             hint = ", ".join(nearest(task_id, envpool.list_all_envs()))
             raise TaskError(f"envpool has no task '{task_id}'; nearest: {hint or 'none'}")
-        self._task, self._repeat = task_id, options.action_repeat
+        self._task = task_id
         atari, self._doom = task_id in atari_games().values(), task_id in doom_tasks()
+        self._control = task_id in dmc_tasks().values()
+        emulated = options.action_repeat if atari or self._doom else 1
+        self.frames = options.dmc_repeat if self._control else emulated
         config = {"num_envs": num_envs, "seed": seed, **_config(task_id, options)}
         self._place = Workplace() if self._doom else None
         try:
@@ -68,6 +72,7 @@ class PoolEnv:
         self._dtypes = {k: v.dtype for k, v in self._pool.spec.action_array_spec.items()}
         self.action_names = _atari_action_names(self._pool.config) if atari else None
         self._ended = np.zeros(num_envs, bool)
+        self.logged: list[dict[str, float]] = [{}] * num_envs
 
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self._pool.reset()
@@ -77,15 +82,20 @@ class PoolEnv:
 
     def step(self, action: Any) -> dict[str, np.ndarray]:
         action = check_action(action, self.act_space, self.num_envs)
-        obs, reward, terminated, truncated, info = self._pool.step(self._native(action))
         first = self._ended
+        native = self._native(action)
+        if self._control:
+            result = step_repeatedly(self._pool, native, first, self.frames)
+        else:
+            result = self._pool.step(native)
+        obs, reward, terminated, truncated, info = result
         self._ended = terminated | truncated
         terminal = terminated
         if "terminated" in info:  # a game may end on the very step of the time limit
             terminal = terminal | (truncated & info["terminated"].astype(bool))
         if self._doom:
             terminal = doom_terminal(self._task, terminated, truncated, info)
-            reward = doom_reward(self._task, reward, terminal, self._repeat)
+            reward = doom_reward(self._task, reward, terminal, self.frames)
         return self._rows(obs, np.where(first, 0.0, reward), first, self._ended, terminal)
 
     def close(self) -> None:
@@ -161,12 +171,8 @@ def doom_tasks() -> frozenset[str]:
 
 def find_atari(name: str) -> str | None:
     """The envpool id of an Atari game by any spelling (ms_pacman, MsPacman, MsPacman-v5)."""
-    games = {_fold(snake): task for snake, task in atari_games().items()}
-    return games.get(_fold(re.sub(r"-v\d+$", "", name)))
-
-
-def _fold(name: str) -> str:
-    return re.sub(r"[_\s]", "", name).lower()
+    games = {fold(snake): task for snake, task in atari_games().items()}
+    return games.get(fold(re.sub(r"-v\d+$", "", name)))
 
 
 def _config(task_id: str, options: EnvOptions) -> dict[str, Any]:
