@@ -60,7 +60,7 @@ class GRUCell(nn.Module):
 
     def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.input = Dense(stoch + action, model.hidden, recipe)
+        self.input = Dense(stoch + action, model.hidden, recipe, ops)
         self.gates = Linear(model.deter + model.hidden, 3 * model.deter, recipe, bias=False)
         self.norm = make_norm(3 * model.deter, recipe)
         self.ops = ops
@@ -78,9 +78,9 @@ class BlockGRUCell(nn.Module):
         super().__init__()
         self.input = nn.ModuleDict(
             {
-                "deter": Dense(model.deter, model.hidden, recipe),
-                "stoch": Dense(stoch, model.hidden, recipe),
-                "action": Dense(action, model.hidden, recipe),
+                "deter": Dense(model.deter, model.hidden, recipe, ops),
+                "stoch": Dense(stoch, model.hidden, recipe, ops),
+                "action": Dense(action, model.hidden, recipe, ops),
             }
         )
         wide = model.deter + model.blocks * 3 * model.hidden
@@ -104,7 +104,7 @@ class LatentHead(nn.Module):
     def __init__(self, inputs: int, layers: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
         sizes = [inputs] + [model.hidden] * layers
-        self.hidden = nn.Sequential(*(Dense(i, o, recipe) for i, o in pairwise(sizes)))
+        self.hidden = nn.Sequential(*(Dense(i, o, recipe, ops) for i, o in pairwise(sizes)))
         outputs = model.stoch * model.classes
         self.out = Linear(model.hidden, outputs, recipe, init=output_init(recipe))
         self.shape, self.mix, self.ops = (model.stoch, model.classes), model.unimix, ops

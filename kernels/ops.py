@@ -19,6 +19,7 @@ from torch import Tensor
 from . import library, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
+from .norm_act import norm_act
 from .twohot import twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
@@ -29,6 +30,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": lambda_return,
         "cpp": torch.ops.fastdreamer.lambda_return.default,
     },
+    "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
     "gru_step": {"reference": gru_step},
     "block_gru_step": {"reference": block_gru_step},
     "unimix": {"reference": unimix.unimix},
@@ -50,6 +52,8 @@ class Ops:
     """Operator -> the backend that really serves it."""
     lambda_return: Callable[..., Tensor]
     """See `fastdreamer.kernels.lambda_return`."""
+    norm_act: Callable[..., Tensor]
+    """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]
