@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 2
+#define FD_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -169,6 +169,21 @@ FD_API int32_t fd_lambda_return_backward(
     const void* ret, const int64_t* ret_strides,
     void* dreward, void* ddiscount, void* dvalue, void* dlam,
     int64_t N, int64_t T, int32_t dtype, void* stream);
+
+/* LayerNorm (centred) or RMSNorm of each row of x, then SiLU if `silu`:
+ *   n = (x - mean) / sqrt(var + eps) * scale + shift,  y = n or n * sigmoid(n)
+ * RMSNorm has mean 0 and the mean square for var. x, y (rows, n) contiguous; scale, shift (n,);
+ * shift may be null. float32 only. */
+FD_API int32_t fd_norm_act(
+    const void* x, const void* scale, const void* shift, void* y,
+    int64_t rows, int64_t n, int32_t centred, int32_t silu, float eps, int32_t dtype, void* stream);
+
+/* The gradients of fd_norm_act's inputs from dy, the gradient of y, contiguous like x. dshift is
+ * null exactly where shift is. Without rows dscale and dshift are zeros. */
+FD_API int32_t fd_norm_act_backward(
+    const void* dy, const void* x, const void* scale, const void* shift,
+    void* dx, void* dscale, void* dshift,
+    int64_t rows, int64_t n, int32_t centred, int32_t silu, float eps, int32_t dtype, void* stream);
 
 #ifdef __cplusplus
 }

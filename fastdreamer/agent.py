@@ -35,10 +35,10 @@ class WorldModel(nn.Module):
         ops: Ops,
     ):
         super().__init__()
-        self.encoder = Encoder(obs_space, model, recipe)
+        self.encoder = Encoder(obs_space, model, recipe, ops)
         self.rssm = RSSM(self.encoder.outputs, action, model, recipe, ops)
-        self.decoder = Decoder(self.rssm.deter, self.rssm.stoch, obs_space, model, recipe)
-        size = (self.rssm.feat, model.units, model.head_layers, recipe)
+        self.decoder = Decoder(self.rssm.deter, self.rssm.stoch, obs_space, model, recipe, ops)
+        size = (self.rssm.feat, model.units, model.head_layers, recipe, ops)
         self.reward = MLP(*size, outputs=model.bins, init="zero")
         self.cont = MLP(*size, outputs=1, init=output_init(recipe))
 
@@ -62,7 +62,7 @@ class Actor(nn.Module):
         super().__init__()
         self.spec, self.ops, self.deter_first = spec, ops, recipe.deter_first
         self.mix = model.unimix if recipe.policy_unimix else 0.0
-        self.mlp = MLP(feat, model.units, model.layers, recipe)
+        self.mlp = MLP(feat, model.units, model.layers, recipe, ops)
         self.heads = nn.ModuleDict()
         for part in spec.parts:
             outputs = ("logits",) if part.discrete else ("mean", "std")
@@ -150,7 +150,7 @@ class Agent(nn.Module):
         self.world_model = WorldModel(obs_space, self.spec.size, model, recipe, ops)
         feat = self.world_model.rssm.feat
         self.actor = Actor(feat, self.spec, model, recipe, ops)
-        size = (feat, model.units, model.layers, recipe)
+        size = (feat, model.units, model.layers, recipe, ops)
         self.critic = MLP(*size, outputs=model.bins, init="zero")
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 

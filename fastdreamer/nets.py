@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.gru_step import block_linear
+from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_weights import Layer
 from fastdreamer.kernels.twohot import symlog
 from fastdreamer.recipe import Recipe
@@ -84,16 +85,23 @@ def make_norm(size: int, recipe: Recipe) -> nn.LayerNorm | nn.RMSNorm:
     return nn.RMSNorm(size, eps=1e-4)
 
 
+def activate(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm, ops: Ops) -> Tensor:
+    """SiLU of the norm over the last axis, as one operator; (..., C) -> (..., C)."""
+    if isinstance(norm, nn.LayerNorm):
+        return ops.norm_act(x, norm.weight, norm.bias, "layer", norm.eps)
+    return ops.norm_act(x, norm.weight, None, "rms", norm.eps)
+
+
 class Dense(nn.Module):
     """Hidden block Linear -> norm -> SiLU; (..., I) -> (..., O)."""
 
-    def __init__(self, inputs: int, outputs: int, recipe: Recipe):
+    def __init__(self, inputs: int, outputs: int, recipe: Recipe, ops: Ops):
         super().__init__()
         self.linear = Linear(inputs, outputs, recipe, bias=recipe.norm == "rms")
-        self.norm = make_norm(outputs, recipe)
+        self.norm, self.ops = make_norm(outputs, recipe), ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(self.linear(x)))
+        return activate(self.linear(x), self.norm, self.ops)
 
     def weights(self) -> Layer:
         """As the kernels take them."""
@@ -110,12 +118,13 @@ class MLP(nn.Module):
         units: int,
         layers: int,
         recipe: Recipe,
+        ops: Ops,
         outputs: int = 0,
         init: Init = "normal",
     ):
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.hidden = nn.Sequential(*(Dense(i, o, recipe) for i, o in pairwise(sizes)))
+        self.hidden = nn.Sequential(*(Dense(i, o, recipe, ops) for i, o in pairwise(sizes)))
         self.out = Linear(sizes[-1], outputs, recipe, init=init) if outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +140,16 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, recipe: Recipe, up: bool = False, last: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        recipe: Recipe,
+        ops: Ops,
+        up: bool = False,
+        last: bool = False,
     ):
         super().__init__()
+        self.ops = ops
         self.conv: nn.Conv2d | nn.ConvTranspose2d
         self.pool, self.up = recipe.conv == "pool", up
         bias = last or recipe.norm == "rms"
@@ -156,7 +172,7 @@ class ConvBlock(nn.Module):
             x = F.max_pool2d(x, 2)
         if self.norm is None:
             return x
-        return F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return activate(x.permute(0, 2, 3, 1), self.norm, self.ops).permute(0, 3, 1, 2)
 
 
 def split_keys(obs_space: Mapping[str, Box]) -> tuple[list[str], list[str]]:
@@ -200,7 +216,7 @@ def image_stages(size: Sequence[int], recipe: Recipe, mults: Sequence[int]) -> t
 class Encoder(nn.Module):
     """Observations {key: (..., shape)} -> embedding (..., E)."""
 
-    def __init__(self, obs_space: Mapping[str, Box], model: ModelConfig, recipe: Recipe):
+    def __init__(self, obs_space: Mapping[str, Box], model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
         self.recipe, self.outputs = recipe, 0
@@ -209,11 +225,11 @@ class Encoder(nn.Module):
             stages, side = image_stages(size, recipe, model.cnn_mults)
             channels = sum(obs_space[k].shape[2] for k in self.images)
             sizes = [channels, *model.channels(stages)]
-            self.cnn = nn.Sequential(*(ConvBlock(i, o, recipe) for i, o in pairwise(sizes)))
+            self.cnn = nn.Sequential(*(ConvBlock(i, o, recipe, ops) for i, o in pairwise(sizes)))
             self.outputs += side * side * sizes[-1]
         if self.vectors:
             inputs = sum(obs_space[k].shape[0] for k in self.vectors)
-            self.mlp = MLP(inputs, model.units, model.layers, recipe)
+            self.mlp = MLP(inputs, model.units, model.layers, recipe, ops)
             self.outputs += model.units
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
@@ -247,22 +263,29 @@ class BlockStem(nn.Module):
     """First map of the decoder from block-linear deter plus an MLP of stoch, norm and SiLU."""
 
     def __init__(
-        self, deter: int, stoch: int, channels: int, side: int, model: ModelConfig, recipe: Recipe
+        self,
+        deter: int,
+        stoch: int,
+        channels: int,
+        side: int,
+        model: ModelConfig,
+        recipe: Recipe,
+        ops: Ops,
     ):
         super().__init__()
         self.shape, self.blocks = (side, side, channels), model.blocks
         size = math.prod(self.shape)
         self.deter = BlockLinear(deter, size, model.blocks, recipe)
-        self.hidden = Dense(stoch, 2 * model.units, recipe)
+        self.hidden = Dense(stoch, 2 * model.units, recipe, ops)
         self.stoch = Linear(2 * model.units, size, recipe)
-        self.norm = make_norm(channels, recipe)
+        self.norm, self.ops = make_norm(channels, recipe), ops
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         side, _, channels = self.shape
         x = self.deter(deter).unflatten(-1, (self.blocks, side, side, channels // self.blocks))
         x = x.movedim(-4, -2).flatten(-2)  # (..., side, side, C): channel = block, then its own
         x = x + self.stoch(self.hidden(stoch)).unflatten(-1, self.shape)
-        return F.silu(self.norm(x)).movedim(-1, -3)
+        return activate(x, self.norm, self.ops).movedim(-1, -3)
 
 
 class Decoder(nn.Module):
@@ -275,6 +298,7 @@ class Decoder(nn.Module):
         obs_space: Mapping[str, Box],
         model: ModelConfig,
         recipe: Recipe,
+        ops: Ops,
     ):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
@@ -286,15 +310,18 @@ class Decoder(nn.Module):
             sizes = [*reversed(model.channels(stages)), sum(self.channels)]
             self.stem: BlockStem | LinearStem
             if recipe.conv == "pool":
-                self.stem = BlockStem(deter, stoch, sizes[0], side, model, recipe)
+                self.stem = BlockStem(deter, stoch, sizes[0], side, model, recipe, ops)
             else:
                 self.stem = LinearStem(deter, stoch, sizes[0], side, recipe)
             blocks = enumerate(pairwise(sizes))
             self.cnn = nn.Sequential(
-                *(ConvBlock(i, o, recipe, up=True, last=n == stages - 1) for n, (i, o) in blocks)
+                *(
+                    ConvBlock(i, o, recipe, ops, up=True, last=n == stages - 1)
+                    for n, (i, o) in blocks
+                )
             )
         if self.vectors:
-            self.mlp = MLP(stoch + deter, model.units, model.layers, recipe)
+            self.mlp = MLP(stoch + deter, model.units, model.layers, recipe, ops)
             heads = {
                 k: Linear(model.units, obs_space[k].shape[0], recipe, init=output_init(recipe))
                 for k in self.vectors

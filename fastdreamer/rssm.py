@@ -63,9 +63,9 @@ class ImagineNoise:
 class GRUCell(nn.Module):
     """Input block and LayerNorm-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
-        self.input = Dense(stoch + action, model.hidden, recipe)
+        self.input = Dense(stoch + action, model.hidden, recipe, ops)
         self.gates = Linear(model.deter + model.hidden, 3 * model.deter, recipe, bias=False)
         self.norm = make_norm(3 * model.deter, recipe)
 
@@ -81,13 +81,13 @@ class GRUCell(nn.Module):
 class BlockGRUCell(nn.Module):
     """Three input blocks and block-GRU: (B, S K), (B, A), (B, D) -> next deter (B, D)."""
 
-    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe):
+    def __init__(self, stoch: int, action: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
         self.input = nn.ModuleDict(
             {
-                "deter": Dense(model.deter, model.hidden, recipe),
-                "stoch": Dense(stoch, model.hidden, recipe),
-                "action": Dense(action, model.hidden, recipe),
+                "deter": Dense(model.deter, model.hidden, recipe, ops),
+                "stoch": Dense(stoch, model.hidden, recipe, ops),
+                "action": Dense(action, model.hidden, recipe, ops),
             }
         )
         wide = model.deter + model.blocks * 3 * model.hidden
@@ -111,7 +111,7 @@ class LatentHead(nn.Module):
     def __init__(self, inputs: int, layers: int, model: ModelConfig, recipe: Recipe, ops: Ops):
         super().__init__()
         sizes = [inputs] + [model.hidden] * layers
-        self.hidden = nn.Sequential(*(Dense(i, o, recipe) for i, o in pairwise(sizes)))
+        self.hidden = nn.Sequential(*(Dense(i, o, recipe, ops) for i, o in pairwise(sizes)))
         outputs = model.stoch * model.classes
         self.out = Linear(model.hidden, outputs, recipe, init=output_init(recipe))
         self.shape, self.mix, self.ops = (model.stoch, model.classes), model.unimix, ops
@@ -139,7 +139,7 @@ class RSSM(nn.Module):
         if recipe.learned_initial:
             self.initial_deter = nn.Parameter(torch.zeros(model.deter))
         cell = GRUCell if recipe.cell == "gru" else BlockGRUCell
-        self.cell = cell(self.stoch, action, model, recipe)
+        self.cell = cell(self.stoch, action, model, recipe, ops)
         self.prior = LatentHead(self.deter, recipe.prior_layers, model, recipe, ops)
         self.posterior = LatentHead(self.deter + embed, 1, model, recipe, ops)
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CPU_LIBRARY = Path(__file__).with_name("libfastdreamer_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
 MATRIX = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))  # an input: data, strides
-OUTPUT = (ctypes.c_void_p,)
+OUTPUT = (ctypes.c_void_p,)  # also a contiguous input
 SIZE = (ctypes.c_int64,)
+INT = (ctypes.c_int32,)
+FLOAT = (ctypes.c_float,)
 DTYPE_AND_STREAM = (ctypes.c_int32, ctypes.c_void_p)
 
 

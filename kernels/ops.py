@@ -21,6 +21,7 @@ from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
+from .norm_act import norm_act
 from .twohot import twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
@@ -33,6 +34,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
+    "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
     "gru_step": {"reference": gru_step},
     "block_gru_step": {"reference": block_gru_step},
     "unimix": {"reference": unimix.unimix},
@@ -58,6 +60,8 @@ class Ops:
     """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
     rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
+    norm_act: Callable[..., Tensor]
+    """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from fastdreamer import kernels
+from fastdreamer.kernels import library
 
 # FASTDREAMER_REQUIRE names what must be there, so that a test of it fails instead of skipping.
 REQUIRED_BY = {"cpp": "cpu"}
@@ -50,6 +51,26 @@ def ops(backend: str) -> kernels.Ops:
 def cpp() -> kernels.Ops:
     """The operators of the compiled CPU library."""
     return _resolve_or_skip("cpp")
+
+
+@pytest.fixture(params=library.ISAS)
+def isa(request: pytest.FixtureRequest, cpp: kernels.Ops) -> Iterator[str]:
+    """Each instruction set in turn, as the one that the compiled library uses."""
+    before = library.isa()
+    try:
+        library.set_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    library.set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def _resolve_or_skip(backend: str) -> kernels.Ops:

@@ -177,7 +177,7 @@ class TestFunctions2023(Case2023):
         obs = {k: f[f"vec_encoder/{k}"] for k in ("vec", "pos")}
         # Theirs concatenates in the order given (vec, pos), ours by name: permute the columns.
         space = {k: Box(-np.inf, np.inf, v.shape[-1:]) for k, v in obs.items()}
-        encoder = Encoder(space, golden.model(), golden.recipe).to(golden.dtype)
+        encoder = Encoder(space, golden.model(), golden.recipe, golden.ops).to(golden.dtype)
         self._load_mlp(encoder.mlp, f, "vec_encoder/param/model._model")
         first = encoder.mlp.hidden[0].linear.weight
         parts = dict(
@@ -193,7 +193,7 @@ class TestFunctions2023(Case2023):
         feat = f["heads/latent"]
         stoch, deter = feat.split([feat.shape[-1] - model.deter, model.deter], -1)
         sizes = (model.deter, stoch.shape[-1])
-        decoder = Decoder(*sizes, space, model, golden.recipe).to(golden.dtype)
+        decoder = Decoder(*sizes, space, model, golden.recipe, golden.ops).to(golden.dtype)
         self._load_mlp(decoder.mlp, f, "vec_decoder/param/model._model")
         for i, key in enumerate(keys):
             for kind in ("weight", "bias"):

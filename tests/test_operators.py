@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_common import gradients
 from torch import Tensor
 
 from fastdreamer import kernels
@@ -43,12 +44,6 @@ def lambda_return_inputs(
     reward, value = (torch.randn(shape, generator=g, dtype=dtype) for _ in range(2))
     discount, lam = (torch.rand(shape, generator=g, dtype=dtype) for _ in range(2))
     return [x.requires_grad_(requires_grad) for x in (reward, discount, value, lam)]
-
-
-def gradients(operator, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    ret = operator(*inputs)
-    weight = torch.randn(ret.shape, generator=torch.Generator().manual_seed(1), dtype=ret.dtype)
-    return torch.autograd.grad((ret * weight).sum(), inputs)
 
 
 @pytest.fixture
