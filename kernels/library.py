@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CPU_LIBRARY = Path(__file__).with_name("libfastdreamer_cpu.so")
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
