@@ -185,6 +185,40 @@ FD_API int32_t fd_norm_act_backward(
     void* dx, void* dscale, void* dshift,
     int64_t rows, int64_t n, int32_t centred, int32_t silu, float eps, int32_t dtype, void* stream);
 
+/* Categoricals: N rows of K >= 1 classes, contiguous, FD_FLOAT32; logp and logq are normalised
+ * log-probabilities. unimix: logp = ln((1 - mix) softmax(logits) + mix / K), mix in 0..1. */
+FD_API int32_t fd_unimix(
+    const float* logits, float* logp, int64_t N, int64_t K, float mix, int32_t dtype,
+    void* stream);
+FD_API int32_t fd_unimix_backward(
+    const float* dlogp, const float* logp, float* dlogits, int64_t N, int64_t K, float mix,
+    int32_t dtype, void* stream);
+
+/* entropy (N) = -sum(exp(logp) logp), in nats. */
+FD_API int32_t fd_entropy(
+    const float* logp, float* entropy, int64_t N, int64_t K, int32_t dtype, void* stream);
+FD_API int32_t fd_entropy_backward(
+    const float* dentropy, const float* logp, float* dlogp, int64_t N, int64_t K, int32_t dtype,
+    void* stream);
+
+/* kl (N) = sum(exp(logp) (logp - logq)), in nats. Backward, dp (N) is the gradient of the kl that
+ * reaches logp and dq (N) the one that reaches logq. */
+FD_API int32_t fd_kl(
+    const float* logp, const float* logq, float* kl, int64_t N, int64_t K, int32_t dtype,
+    void* stream);
+FD_API int32_t fd_kl_backward(
+    const float* dp, const float* dq, const float* logp, const float* logq, float* dlogp,
+    float* dlogq, int64_t N, int64_t K, int32_t dtype, void* stream);
+
+/* onehot of the largest logp + noise, the first of equals. Backward, the gradient is that of
+ * exp(logp). */
+FD_API int32_t fd_sample(
+    const float* logp, const float* noise, float* onehot, int64_t N, int64_t K, int32_t dtype,
+    void* stream);
+FD_API int32_t fd_sample_backward(
+    const float* donehot, const float* logp, float* dlogp, int64_t N, int64_t K, int32_t dtype,
+    void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -35,8 +35,7 @@ def kl_losses(post: Tensor, prior: Tensor, free_nats: float, ops: Ops) -> tuple[
 
     Source: DreamerV3, eq. 5.
     """
-    dyn = ops.kl(post.detach(), prior).sum(-1)
-    rep = ops.kl(post, prior.detach()).sum(-1)
+    dyn, rep = (x.sum(-1) for x in ops.balanced_kl(post, prior))
     return dyn.clamp(min=free_nats), rep.clamp(min=free_nats), dyn.detach()
 
 

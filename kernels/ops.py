@@ -37,10 +37,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
     "gru_step": {"reference": gru_step},
     "block_gru_step": {"reference": block_gru_step},
-    "unimix": {"reference": unimix.unimix},
-    "entropy": {"reference": unimix.entropy},
-    "kl": {"reference": unimix.kl},
-    "sample": {"reference": unimix.sample},
+    "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
+    "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
+    "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},
+    "balanced_kl": {
+        "reference": unimix.balanced_kl,
+        "cpp": torch.ops.fastdreamer.balanced_kl.default,
+    },
+    "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
     "twohot_loss": {"reference": twohot_loss},
     "twohot_mean": {"reference": twohot_mean},
 }
@@ -72,6 +76,8 @@ class Ops:
     """Entropy of log-probabilities; see `fastdreamer.kernels.unimix`."""
     kl: Callable[..., Tensor]
     """KL of two categoricals; see `fastdreamer.kernels.unimix`."""
+    balanced_kl: Callable[..., tuple[Tensor, Tensor]]
+    """The KL twice, each with the gradient of one side; see `fastdreamer.kernels.unimix`."""
     sample: Callable[..., Tensor]
     """Straight-through Gumbel-max sample; see `fastdreamer.kernels.unimix`."""
     twohot_loss: Callable[..., Tensor]

@@ -283,7 +283,8 @@ class TestFunctions2023(Case2023):
         f, agent = golden.functions, golden.agent()
         frames = golden.observation(golden.inputs["player/rgb"])
         rows, rssm = frames.shape[1], agent.world_model.rssm
-        noise = ActNoise(torch.zeros(rows, *rssm.latent), torch.zeros(rows, agent.spec.size))
+        shapes = ((rows, *rssm.latent), (rows, agent.spec.size))
+        noise = ActNoise(*(torch.zeros(shape, dtype=agent.dtype) for shape in shapes))
         carry = agent.initial_carry(rows)
         for t, frame in enumerate(frames):
             first = torch.tensor([t == 0, t in (0, 3)])
