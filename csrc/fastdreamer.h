@@ -134,8 +134,7 @@ typedef struct fd_imagine {
   const int32_t* start_index; /* (N, S) */
   const float* noise;         /* (N, H, S, K) Gumbel */
   const float* action_noise;  /* (N, H + 1, A) Gumbel, or normal where continuous */
-  float* deter;               /* (N, H + 1, D) */
-  int32_t* index;             /* (N, H + 1, S) */
+  float* feat;                /* (N, H + 1, D + S K) */
   float* action;              /* (N, H + 1, A) */
   const fd_layer* policy;     /* hidden layers, the first over D + S K features */
   int64_t policy_layers;

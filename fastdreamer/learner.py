@@ -57,6 +57,7 @@ class Imagined:
     actions: Tensor
     rewards: Tensor
     conts: Tensor
+    value_logits: Tensor  # (N, H + 1, bins), with gradient to the critic
     values: Tensor
     returns: Tensor  # (N, H)
     weight: Tensor  # (N, H + 1), discount from the start on
@@ -183,45 +184,49 @@ class Learner:
         total = [scales.get(k, 1.0) * v for k, v in observed.losses.items()]
         return torch.stack(total).sum(0).mean()
 
-    @torch.no_grad()
     def imagine(self, start: State, cont: Tensor, noise: ImagineNoise) -> Imagined:
         """Roll out from N starts (``cont`` (N,): 1 where they are not terminal) and judge it.
 
-        Source: DreamerV3, eq. 6-7 and 12. Updates the return scale.
+        Without gradient but for the value's logits. Updates the return scale.
+        Source: DreamerV3, eq. 6-7 and 12.
         """
-        model, config, ops, bins = (
-            self.agent.world_model,
-            self.config,
-            self.ops,
-            self.recipe.bins,
-        )
-        states, actions = model.rssm.imagine(start, self.agent.actor.weights(), noise)
-        feat = model.rssm.features(states)
-        rewards = ops.twohot_mean(model.reward(feat), bins)
-        logits = model.cont(feat).squeeze(-1)
-        if self.recipe.soft_continue:  # the discount is in the probability
-            conts, gamma = torch.sigmoid(logits), 1.0
-        else:
-            conts, gamma = (logits > 0).to(feat.dtype), config.gamma
-            conts[:, 0] = cont
-        values = ops.twohot_mean(self.agent.critic(feat), bins)
-        discount = gamma * conts
-        lam = discount.new_full((), config.lam).expand_as(rewards[:, 1:])
-        returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
-        advantage = (returns - values[:, :-1]) / self.scale(returns)
-        weight = discount.cumprod(1) / gamma
-        target_values = ops.twohot_mean(self.agent.target_critic(feat[:, :-1]), bins)
-        return Imagined(
-            feat, actions, rewards, conts, values, returns, weight, advantage, target_values
-        )
+        agent, config, ops, bins = self.agent, self.config, self.ops, self.recipe.bins
+        model = agent.world_model
+        feat, actions = model.rssm.imagine(start, agent.actor.weights(), noise)
+        value_logits = agent.critic(feat)
+        with torch.no_grad():
+            rewards = ops.twohot_mean(model.reward(feat), bins)
+            logits = model.cont(feat).squeeze(-1)
+            if self.recipe.soft_continue:  # the discount is in the probability
+                conts, gamma = torch.sigmoid(logits), 1.0
+            else:
+                conts, gamma = (logits > 0).to(feat.dtype), config.gamma
+                conts[:, 0] = cont
+            values = ops.twohot_mean(value_logits, bins)
+            discount = gamma * conts
+            lam = discount.new_full((), config.lam).expand_as(rewards[:, 1:])
+            returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
+            target_values = ops.twohot_mean(agent.target_critic(feat), bins)
+            return Imagined(
+                feat=feat,
+                actions=actions,
+                rewards=rewards,
+                conts=conts,
+                value_logits=value_logits,
+                values=values,
+                returns=returns,
+                weight=discount.cumprod(1) / gamma,
+                advantage=(returns - values[:, :-1]) / self.scale(returns),
+                target_values=target_values[:, :-1],
+            )
 
     def behaviour_losses(self, imagined: Imagined) -> tuple[Tensor, Tensor, Metrics]:
         """Actor and critic losses (scalars) of a rollout, and metrics."""
-        feat, weight = imagined.feat[:, :-1], imagined.weight[:, :-1]
-        policy = self.agent.actor(feat)
-        entropy = policy.entropy()
+        weight = imagined.weight[:, :-1]
+        policy = self.agent.actor(imagined.feat)
+        entropy = policy.entropy()[:, :-1]
         policy_loss = actor_loss(
-            policy.log_prob(imagined.actions[:, :-1]),
+            policy.log_prob(imagined.actions)[:, :-1],
             entropy,
             imagined.advantage,
             weight,
@@ -229,7 +234,7 @@ class Learner:
         )
         targets = (imagined.returns, imagined.target_values)
         value_loss = critic_loss(
-            self.agent.critic(feat), targets, weight, self.recipe.bins, self.ops
+            imagined.value_logits, targets, weight, self.recipe.bins, self.ops
         )
         metrics = {
             "loss/policy": policy_loss.detach(),
@@ -373,8 +378,7 @@ class JointLearner(Learner):
         target_logits = self.agent.target_critic(feat.detach())
         slow = self.ops.twohot_mean(target_logits, self.recipe.bins)
         targets = (returns, slow[:, :-1].detach())
-        logits = self.agent.critic(feat)[:, :-1]
-        return critic_loss(logits, targets, 1 - last[:, :-1], self.recipe.bins, self.ops)
+        return critic_loss(self.agent.critic(feat), targets, 1 - last[:, :-1], self.recipe.bins, self.ops)
 
     def step(self, grads: list[Tensor]) -> None:
         """Adaptive clipping and LaProp with linear warm-up; the first update has rate 0."""

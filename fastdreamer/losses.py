@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.kernels.ops import Ops
@@ -49,12 +50,14 @@ def actor_loss(
 def critic_loss(
     logits: Tensor, targets: Iterable[Tensor], weight: Tensor, bins: str, ops: Ops
 ) -> Tensor:
-    """Two-hot loss to the returns and to the target critic, (N, H, bins) -> scalar.
+    """Two-hot loss to the returns and to the target critic, (N, H + 1, bins) -> scalar.
 
     Args:
+        logits: of all states; the last one has no target and no loss.
         targets: each (N, H); their losses are added. weight: (N, H).
     """
-    return (weight * sum(ops.twohot_loss(logits, t, bins) for t in targets)).mean()
+    losses = (ops.twohot_loss(logits, F.pad(t, (0, 1)), bins)[:, :-1] for t in targets)
+    return (weight * sum(losses)).mean()
 
 
 def replay_returns(

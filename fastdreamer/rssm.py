@@ -240,7 +240,7 @@ class RSSM(nn.Module):
 
     def imagine(
         self, start: State, policy: PolicyWeights, noise: ImagineNoise
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Rollout under ``policy``, without gradient.
 
         Args:
@@ -248,9 +248,9 @@ class RSSM(nn.Module):
             noise: stoch (N, H, S, K) and action (N, H + 1, A).
 
         Returns:
-            States (N, H + 1, ...), the start first, and the action taken in each (N, H + 1, A).
+            Features of the states (N, H + 1, D + S K), the start first, and the action taken in
+            each (N, H + 1, A).
         """
-        deter, stoch, action = self.ops.rssm_imagine(
+        return self.ops.rssm_imagine(
             self.weights(), policy, start.deter, start.stoch, noise.stoch, noise.action
         )
-        return State(deter, stoch), action

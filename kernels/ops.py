@@ -62,7 +62,7 @@ class Ops:
     """See `fastdreamer.kernels.lambda_return`."""
     rssm_observe: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
-    rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rssm_imagine: Callable[..., tuple[Tensor, Tensor]]
     """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""

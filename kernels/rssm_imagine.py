@@ -41,10 +41,13 @@ class PolicyWeights(NamedTuple):
     deter_first: bool
     mix: float
 
-    def act(self, deter: Tensor, stoch: Tensor, noise: Tensor, eps: float) -> Tensor:
-        """(N, D), (N, S, K), (N, A) -> action vectors (N, A)."""
+    def features(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """(N, D), (N, S, K) -> (N, D + S K)."""
         parts = (deter, stoch.flatten(-2))
-        x = torch.cat(parts if self.deter_first else parts[::-1], -1)
+        return torch.cat(parts if self.deter_first else parts[::-1], -1)
+
+    def act(self, x: Tensor, noise: Tensor, eps: float) -> Tensor:
+        """(N, D + S K), (N, A) -> action vectors (N, A)."""
         for layer in self.layers:
             x = layer(x, eps)
         sizes = [head[0].weight.shape[0] for head in self.heads]
@@ -66,7 +69,7 @@ def rssm_imagine(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Rollout of the prior under a policy, without gradient.
 
     Args:
@@ -75,20 +78,19 @@ def rssm_imagine(
             standard normal for continuous ones. Zeros draw modes and means.
 
     Returns:
-        deter (N, H + 1, D), stoch (N, H + 1, S, K), the start first, and the action taken in each
+        Features of the states (N, H + 1, D + S K), the start first, and the action taken in each
         (N, H + 1, A).
 
     Source: DreamerV3, eq. 3 and "Actor learning".
     """
-    deters, stochs = [deter], [stoch]
-    actions = [policy.act(deter, stoch, action_noise[:, 0], weights.eps)]
+    feats = [policy.features(deter, stoch)]
+    actions = [policy.act(feats[0], action_noise[:, 0], weights.eps)]
     for t in range(noise.shape[1]):
         deter = weights.cell.step(stoch.flatten(-2), actions[-1], deter, weights.eps)
         stoch = sample(weights.latent(weights.prior, deter), noise[:, t])
-        deters.append(deter)
-        stochs.append(stoch)
-        actions.append(policy.act(deter, stoch, action_noise[:, t + 1], weights.eps))
-    return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+        feats.append(policy.features(deter, stoch))
+        actions.append(policy.act(feats[-1], action_noise[:, t + 1], weights.eps))
+    return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -101,7 +103,7 @@ class CImagine(Arguments):
         ("N", _SIZE),
         ("H", _SIZE),
         *((k, _POINTER) for k in ("start_deter", "start_index", "noise", "action_noise")),
-        *((k, _POINTER) for k in ("deter", "index", "action")),
+        *((k, _POINTER) for k in ("feat", "action")),
         ("policy", ctypes.POINTER(CLayer)),
         ("policy_layers", _SIZE),
         ("deter_first", ctypes.c_int32),
@@ -124,7 +126,7 @@ def rssm_imagine_cpp(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`rssm_imagine` by the C++ library, in float32.
 
     Other types, and models beyond the library's limits (8 layers, 64 blocks, 32 parts of an
@@ -137,8 +139,7 @@ def rssm_imagine_cpp(
         return rssm_imagine(weights, policy, deter, stoch, noise, action_noise)
     rows, horizon = noise.shape[:2]
     starts = [x.contiguous() for x in (deter, drawn(stoch), noise, action_noise)]
-    deters = deter.new_empty(rows, horizon + 1, deter.shape[1])
-    indices = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
+    feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
     actions = torch.empty_like(starts[3])
     sizes = [head[0].weight.shape[0] for head in policy.heads]
     rollout = CImagine.of(
@@ -148,8 +149,7 @@ def rssm_imagine_cpp(
         start_index=starts[1],
         noise=starts[2],
         action_noise=starts[3],
-        deter=deters,
-        index=indices,
+        feat=feat,
         action=actions,
         policy=(CLayer * len(policy.layers))(*map(c_layer, policy.layers)),
         policy_layers=len(policy.layers),
@@ -162,7 +162,4 @@ def rssm_imagine_cpp(
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
-    classes = stoch.new_zeros(rows, horizon + 1, *stoch.shape[1:])
-    classes.scatter_(-1, indices.clamp(min=0).long().unsqueeze(-1), 1.0)
-    classes[:, 0] = stoch  # the start may be zeros
-    return deters, classes, actions
+    return feat, actions

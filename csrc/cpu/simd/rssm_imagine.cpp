@@ -62,27 +62,29 @@ class Rollout {
     const int64_t wide = prior_.width() > policy_.width() ? prior_.width() : policy_.width();
     const int64_t width = wide > 2 * A ? wide : 2 * A;
     const Buffer memory(
-        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_));
+        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_ + S));
     const Rows<float> inputs{memory.get(), input_width(model_)}, hidden{inputs[M], D};
     const Rows<float> gates{hidden[M], 3 * D}, x{gates[M], width}, y{x[M], width};
     const Rows<float> logp{y[M], latent_};
-    float* scratch = logp[M];
-    const int64_t steps = args_.H + 1;
+    const Rows<int32_t> index{reinterpret_cast<int32_t*>(logp[M]), S};
+    float* scratch = logp[M] + M * S;
+    const int64_t steps = args_.H + 1, F = D + latent_;
     for (int64_t t = 0; t < steps; ++t) {
-      const Rows<float> deter{args_.deter + (begin * steps + t) * D, steps * D};
-      const Rows<int32_t> index{args_.index + (begin * steps + t) * S, steps * S};
+      const Rows<float> feat{args_.feat + (begin * steps + t) * F, steps * F};
+      const Rows<float> deter{feat.data + (args_.deter_first ? 0 : latent_), feat.stride};
+      const Rows<float> stoch{feat.data + (args_.deter_first ? D : 0), feat.stride};
       const Rows<float> action{args_.action + (begin * steps + t) * A, steps * A};
       if (t == 0) {
         start(begin, M, deter, index);
       } else {
-        const Rows<const float> old{deter.data - D, deter.stride};
-        const Rows<const int32_t> drawn{index.data - S, index.stride};
+        const Rows<const float> old{deter.data - F, deter.stride};
         const Rows<float> taken{scratch, A};
         for (int64_t m = 0; m < M; ++m) limit_action(action[m] - A, taken[m]);
         cell_.step(
-            M, old, drawn, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
+            M, old, {index.data, S}, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
         draw_prior(begin, M, t - 1, deter, index, x, y, logp);
       }
+      for (int64_t m = 0; m < M; ++m) write_one_hot(index[m], stoch[m]);
       act(begin, M, t, deter, index, action, x, y);
     }
   }
@@ -94,6 +96,12 @@ class Rollout {
       for (int64_t s = 0; s < model_.stoch; ++s)
         index[m][s] = args_.start_index[(begin + m) * model_.stoch + s];
     }
+  }
+
+  void write_one_hot(const int32_t* index, float* stoch) const {
+    fill(stoch, 0, latent_);
+    for (int64_t s = 0; s < model_.stoch; ++s)
+      if (index[s] >= 0) stoch[s * model_.classes + index[s]] = 1;
   }
 
   void limit_action(const float* from, float* to) const {
