@@ -66,7 +66,7 @@ static inline Vec exp(Vec x) {
   return x == x ? p * power : x;
 }
 
-// ln x of positive normal numbers, within 2 units in the last place.
+// ln x of positive normal numbers, within 2 units in the last place; NaN stays.
 static inline Vec log(Vec x) {
   IntVec exponent = ((bits(x) >> 23) & 0xff) - 126;
   Vec m = from_bits((bits(x) & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
@@ -84,7 +84,7 @@ static inline Vec log(Vec x) {
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
   p = p * m * z - e * 2.12194440e-4f - 0.5f * z;
-  return m + p + e * 0.693359375f;
+  return x == x ? m + p + e * 0.693359375f : x;
 }
 
 static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
