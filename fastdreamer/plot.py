@@ -41,7 +41,7 @@ class Options:
     bins: int = 40
     """Bins that the x-axis is divided into; a curve is the mean of each bin's episodes."""
     reference: bool = False
-    """Add the official curve (recipe 2025) of the same task; it comes with the source checkout."""
+    """Add the official curve of the same task; it comes with the source checkout."""
     losses: bool = False
     """Draw the losses too, into a second file of the same name with -losses."""
 
@@ -225,7 +225,7 @@ def _draw_reference(panel: Axes, config: Config, bins: int) -> None:
     if not curves:
         print(f"--reference: no official curve of {config.task} is here", file=sys.stderr)
         return
-    label = f"official, recipe 2025, {len(curves)} runs"
+    label = f"official, recipe {curves[0].recipe}, {len(curves)} runs"
     _draw_band(panel, [(c.steps, c.scores) for c in curves], bins, label, _REFERENCE)
 
 

@@ -42,6 +42,10 @@ class Curve:
 
     steps: np.ndarray
     scores: np.ndarray
+    frames: int
+    """Frames in a step."""
+    recipe: str
+    """Which DreamerV3 it is of."""
 
 
 def published_score(task: str, recipe: str) -> Published | None:
@@ -59,7 +63,9 @@ def published_score(task: str, recipe: str) -> Published | None:
 
 
 def official_curves(task: str, options: EnvOptions) -> list[Curve]:
-    """The official learning curves of a task (recipe 2025), one per seed; [] where none is known.
+    """The official learning curves of a task, one per seed; [] where none is known.
+
+    Those of DeepMind Control were already published in May 2023, with the code of recipe 2023.
 
     Args:
         task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and DeepMind Control
@@ -68,12 +74,22 @@ def official_curves(task: str, options: EnvOptions) -> list[Curve]:
     """
     game, control = atari_name(task), control_name(task)
     if game is not None:
-        rows, frames = _rows("atari100k").get(f"atari{game}", []), options.action_repeat
+        rows, frames, recipe = _rows("atari100k").get(f"atari{game}"), options.action_repeat, "2025"
     elif control is not None:
-        rows, frames = _rows("dmc_proprio").get(f"dmc{control}", []), options.dmc_repeat
+        rows, frames, recipe = _rows("dmc_proprio").get(f"dmc{control}"), options.dmc_repeat, "2023"
     else:
         return []
-    return [Curve(np.array(r["xs"]) / frames, np.array(r["ys"])) for r in rows]
+    return [
+        Curve(np.array(row["xs"]) / frames, np.array(row["ys"]), frames, recipe)
+        for row in rows or []
+    ]
+
+
+def same_task(one: str, other: str) -> bool:
+    """Whether two spellings mean the same task."""
+    return one == other or any(
+        name(one) is not None and name(one) == name(other) for name in (atari_name, control_name)
+    )
 
 
 @cache

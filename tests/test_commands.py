@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastdreamer
+from bench import curves
 from fastdreamer import dream, evaluate, plot, reference
 from fastdreamer.actions import ActionSpec, Part
 from fastdreamer.checkpoint import CheckpointError
@@ -354,6 +355,12 @@ class TestPlot:
         for task in (TASK, "dmc_dog_run", "dmc_no_such"):
             assert not reference.official_curves(task, EnvOptions())
 
+    def test_spellings_of_a_task(self) -> None:
+        assert reference.same_task("dmc_reacher_easy", "envpool:ReacherEasy-v1")
+        assert reference.same_task("ms_pacman", "atari:MsPacman") and reference.same_task("a", "a")
+        assert not reference.same_task("dmc_reacher_easy", "dmc_reacher_hard")
+        assert not reference.same_task("gymnasium:CartPole-v1", "envpool:CartPole-v1")
+
     def test_refuses(self, logdir: Path, copy: Path, tmp_path: Path) -> None:
         for options, message in [
             (plot.Options(), "one or more run directories"),
@@ -368,7 +375,56 @@ class TestPlot:
             plot.read_log(copy)
 
 
-@pytest.mark.parametrize("command", [evaluate, dream, plot])
+class TestCurves:
+    @pytest.fixture
+    def runs(self, logdir: Path, tmp_path: Path) -> tuple[Path, ...]:
+        """Two seeds of a task with official curves, whose scores are 100 and 300."""
+        for seed in (1, 3):
+            run = Path(shutil.copytree(logdir, tmp_path / f"run{seed}"))
+            config = json.loads((run / "config.json").read_text())
+            (run / "config.json").write_text(json.dumps(config | {"task": "dmc_reacher_easy"}))
+            lines = [
+                {"step": 8_000 * i, "time": i, "episode/score": 100 * seed} for i in (1, 5, 10)
+            ]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / "run1", tmp_path / "run3"
+
+    def test_numbers_and_figure(self, runs: tuple[Path, ...], tmp_path: Path) -> None:
+        options = curves.Options(runs, "dmc:reacher_easy", tmp_path / "over.png", bins=8)
+        result = curves.compare(options)
+        assert iio.imread(options.out).std() > 0
+        assert json.loads((tmp_path / "over.json").read_text()) == result
+        assert result["runs"] == 2 and result["official"] == {"recipe": "2023", "runs": 5}
+        official = reference.official_curves("dmc_reacher_easy", EnvOptions())
+        assert [point["step"] for point in result["points"]] == list(range(10_000, 80_001, 10_000))
+        for i, point in enumerate(result["points"]):
+            assert point["frames"] == 2 * point["step"]
+            assert point["ours"] == [200, 100, 300]  # interpolated where no episode ended
+            end = 10_000 * (i + 1) + (i == 7)  # the last part has both its ends
+            inside = [(c.steps >= 10_000 * i) & (c.steps < end) for c in official]
+            means = [c.scores[x].mean() for c, x in zip(official, inside, strict=True)]
+            expected = [np.mean(means), min(means), max(means)]
+            np.testing.assert_allclose(point["official"], expected, atol=1e-4)
+
+    def test_refuses(self, runs: tuple[Path, ...], logdir: Path, tmp_path: Path) -> None:
+        out, one = tmp_path / "x.png", runs[:1]
+        (tmp_path / "run3/metrics.jsonl").write_text("")
+        for options, message in [
+            (curves.Options(), "one or more run directories"),
+            (curves.Options(one, out=tmp_path / "x.gif"), r"\.png or \.svg"),
+            (curves.Options(one, bins=0), "--bins must be at least 1"),
+            (
+                curves.Options(one, "dmc_reacher_hard", out),
+                "run of dmc_reacher_easy, not of dmc_re",
+            ),
+            (curves.Options((logdir,), out=out), "no official curve of envpool:Catch-v0"),
+            (curves.Options(runs[1:], out=out), "no episode has ended"),
+        ]:
+            with pytest.raises(UsageError, match=message):
+                curves.compare(options)
+
+
+@pytest.mark.parametrize("command", [evaluate, dream, plot, curves])
 def test_user_errors_are_one_line(
     command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

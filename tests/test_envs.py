@@ -207,6 +207,19 @@ def test_dmc_rewards_are_summed_over_the_frames_of_a_step() -> None:
     assert sum(row["reward"][0] for row in twos[:501]) > 100
 
 
+def test_frame_skip_of_envpool_drops_rewards() -> None:
+    """Why frames are stepped one by one; where this fails, envpool has learned to sum."""
+    import envpool
+
+    def score(skip: int) -> float:
+        env = envpool.make("CartpoleBalance-v1", env_type="gymnasium", seed=0, frame_skip=skip)
+        env.reset()
+        return sum(float(env.step(np.zeros((1, 1)))[1][0]) for _ in range(60 // skip))
+
+    assert score(1) > 30
+    np.testing.assert_allclose(score(2), score(1) / 2, rtol=0.1)
+
+
 def test_an_environment_that_ends_alone_does_not_hold_the_others_up() -> None:
     env = make_envs("dmc_reacher_easy", 2, 0, EnvOptions(dmc_repeat=7))
     pool, stepped = env._pool, []

@@ -6,6 +6,8 @@ of our modules. The slow critic, which is not trained, is left out on either sid
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def image_coder(deter: int, units: int, latent: int, depth: int) -> int:
     down = sum(conv(a, b) + b for a, b in zip([3, *sizes[:-1]], sizes, strict=True))
     middle = 4 * 4 * sizes[-1]
     stem = block_linear(deter, middle) + normed(latent, 2 * units) + linear(2 * units, middle)
-    up = sum(conv(b, a) + a for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    up = sum(conv(b, a) + a for a, b in pairwise(sizes))
     return down + stem + sizes[-1] + up + conv(sizes[0], 3)
 
 

@@ -22,8 +22,9 @@ from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastdreamer
-from fastdreamer import checkpoint
+from fastdreamer import checkpoint, plan
 from fastdreamer.cli import parse_config
+from fastdreamer.config import PRESETS, SIZES
 from fastdreamer.errors import UsageError, UserError
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
@@ -157,6 +158,88 @@ def test_recipe_2025_runs_rewrites_latents_and_resumes(tmp_path, monkeypatch, ta
     losses = [line for line in lines(tmp_path) if "loss/total" in line]
     assert [line["updates"] for line in losses] == list(range(1, 13))
     assert all(np.isfinite(v) for line in losses for v in line.values())
+
+
+# What the official code's presets say: recipe, train ratio (replayed steps a step), environments.
+OFFICIAL = {
+    "atari100k-2025": ("2025", 256, 1),
+    "dmc_proprio": ("2025", 512, 16),
+    "dmc_vision": ("2025", 512, 16),
+    "crafter": ("2025", 512, 1),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name):
+    config = parse_config(["--preset", name])
+    plan.check(config)
+    assert config.preset == name and config.model == SIZES[config.recipe][config.size]
+    learner = config.learner
+    ratio = learner.replay_ratio * learner.batch_size * learner.batch_length
+    if name in OFFICIAL:
+        assert (config.recipe, ratio, config.num_envs) == OFFICIAL[name]
+
+
+class Mixed(gymnasium.Env):
+    """Two vectors and an image to see; a choice, two choices and two continuous values to make."""
+
+    observation_space = spaces.Dict(
+        {
+            "eye": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+            "joints": spaces.Box(-9, 9, (3,), np.float32),
+            "touch": spaces.Box(0, 1, (2,), np.float32),
+        }
+    )
+    action_space = spaces.Dict(
+        {
+            "gears": spaces.MultiDiscrete([2, 3]),
+            "jump": spaces.Discrete(4),
+            "move": spaces.Box(np.float32([-1, 0]), np.float32([1, 5])),
+        }
+    )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert set(action) == {"gears", "jump", "move"}
+        assert all(x in range(n) for x, n in zip(action["gears"], (2, 3), strict=True))
+        assert action["jump"] in range(4)
+        assert -1 <= action["move"][0] <= 1 and 0 <= action["move"][1] <= 5
+        self.t += 1
+        return self.observation_space.sample(), float(action["jump"] == 2), False, self.t >= 7, {}
+
+
+def test_recipe_2025_learns_from_mixed_observations_and_actions(tmp_path):
+    args = [*RECIPE_2025, "--env.image-size", "16", "--steps", "48", "--logdir", str(tmp_path)]
+    with Trainer(parse_config(args), Mixed) as trainer:
+        before = {k: v.clone() for k, v in trainer.agent.named_parameters() if v.requires_grad}
+        trainer.run()
+        after = dict(trainer.agent.named_parameters())
+    assert trainer.learner.updates == 4
+    losses = [line for line in lines(tmp_path) if "loss/total" in line]
+    for name in ("eye", "joints", "touch"):
+        assert all(line[f"loss/{name}"] > 0 for line in losses)
+    assert all(np.isfinite(v) for line in losses for v in line.values())
+    heads = [k for k in before if k.startswith(("actor", "world_model.decoder"))]
+    assert heads and not [k for k in heads if torch.equal(before[k], after[k])]
+
+
+@pytest.mark.parametrize("side", [16, 48, 96, 128])
+def test_recipe_2025_takes_images_of_many_sizes(tmp_path, side):
+    args = [*RECIPE_2025, "--env.image-size", str(side), "--logdir", str(tmp_path)]
+    # The first update has a learning rate of 0.
+    with Trainer(parse_config([*args, "--steps", "44"]), Counter) as trainer:
+        weight = next(iter(trainer.agent.world_model.encoder.parameters()))
+        before = weight.clone()
+        trainer.run()
+    assert trainer.learner.updates == 2 and not torch.equal(weight, before)
+    assert trainer.agent.obs_space["image"].shape == (side, side, 3)
+    losses = [line["loss/image"] for line in lines(tmp_path) if "loss/image" in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
 
 
 def test_the_function_survives_an_import_of_its_module(tmp_path):

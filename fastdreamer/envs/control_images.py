@@ -53,7 +53,7 @@ class ControlImages(gymnasium.Env[Any, Any]):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         super().reset(seed=seed)
         if seed is not None:  # dm_control takes its seed where a task is made
-            self._env.close()
+            self.close()
             self._env = self._suite.load(*self._name, task_kwargs={"random": seed})
         self._env.reset()
         return self._observe(), {}
@@ -72,6 +72,7 @@ class ControlImages(gymnasium.Env[Any, Any]):
 
     def close(self) -> None:
         self._env.close()
+        self._env.physics.free()  # in the thread that drew
 
     def _observe(self) -> dict[str, np.ndarray]:
         try:
