@@ -23,14 +23,15 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from fastdreamer import checkpoint, replay
-from fastdreamer.agent import Agent, Carry
+from fastdreamer.agent import Agent
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
 from fastdreamer.dream import replay_frames
-from fastdreamer.envs import VectorEnv, make_envs
+from fastdreamer.envs import StateError, VectorEnv, make_envs
 from fastdreamer.envs.check import preflight
+from fastdreamer.episodes import Episodes, Rows
 from fastdreamer.errors import UsageError, UserError
-from fastdreamer.evaluation import Rows, compare_with_random
+from fastdreamer.evaluation import compare_with_random
 from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
 from fastdreamer.loading import (
@@ -99,9 +100,8 @@ class Trainer:
         self.agent = make_agent(config, self.envs, self.device)
         self.learner = Learner.make(self.agent, config.learner, learner)
         self.generator = torch.Generator(self.device).manual_seed(act)
-        self.carry: Carry | None = None
+        self.episodes = Episodes.none(config.num_envs)
         self.scores: list[float] = []
-        self.returns, self.lengths = np.zeros(config.num_envs), np.zeros(config.num_envs, int)
         self.replay = Replay(
             columns(self.agent),
             self._capacity(),
@@ -165,16 +165,19 @@ class Trainer:
         return Result(self.logdir, self.agent, self.scores, evaluation)
 
     def _loop(self) -> None:
-        rows = self._in_worker(self.envs.reset)
+        if self.episodes.rows is None:
+            self.episodes.rows = self._in_worker(self.envs.reset)
+        self._learn(self.due())  # what a signal cut off
         while self.step < self.config.steps and self._stop is None:
-            action, stored = self._act(rows)
-            self.replay.add(rows | stored)
+            action, stored = self._act(self.episodes.rows)
+            self.replay.add(self.episodes.rows | stored)
             self.step += self.config.num_envs
             stepped = self.worker.submit(self.envs.step, action)
             self._learn(self.due())
             try:
                 rows = self._end(stepped.result())
             except Exception:
+                self.episodes.rows = None
                 self.save()  # what the environment broke is not the run
                 raise
             self.logger.advance(self.config.num_envs)
@@ -203,14 +206,15 @@ class Trainer:
             return action, {"action": self.agent.spec.encode(action)}
         obs = {k: torch.from_numpy(rows[k]).to(self.device) for k in self.agent.obs_space}
         first = torch.from_numpy(rows["is_first"]).to(self.device)
-        if self.carry is None:  # the policy takes over in the middle of episodes
-            self.carry = self.agent.initial_carry(count)
+        carry = self.episodes.carry
+        if carry is None:  # the policy takes over in the middle of episodes
+            carry = self.agent.initial_carry(count)
             first = torch.ones_like(first)
         noise = self.agent.act_noise(count, self.generator)
-        self.carry = self.agent.act(obs, first, self.carry, noise)
-        stored = {"action": self.carry.action.cpu().numpy()}
+        self.episodes.carry = carry = self.agent.act(obs, first, carry, noise)
+        stored = {"action": carry.action.cpu().numpy()}
         if self.recipe.joint:
-            stored |= {k: v.numpy() for k, v in latents(self.carry.state).items()}
+            stored |= {k: v.numpy() for k, v in latents(carry.state).items()}
         return self.agent.spec.decode(stored["action"]), stored
 
     def due(self) -> int:
@@ -269,13 +273,9 @@ class Trainer:
         return dict(zip(self._metrics, sums, strict=True))
 
     def _track(self, rows: Rows) -> None:
-        self.returns += rows["reward"]
-        self.lengths += ~rows["is_first"]
-        for i in np.flatnonzero(rows["is_last"]):
-            score, length = float(self.returns[i]), int(self.lengths[i])
+        for score, length in self.episodes.track(rows):
             self.scores.append(score)
             self.logger.episode(self.step, self.learner.updates, score, length)
-            self.returns[i] = self.lengths[i] = 0
 
     def _film(self) -> None:
         """Now and then show in TensorBoard what the agent imagines of replayed sequences."""
@@ -329,6 +329,7 @@ class Trainer:
             "prefetcher": self.prefetcher.state_dict(),
             "metrics": dict(self._metrics),
             "logged": self._since_log[0],
+            "episodes": self._in_worker(partial(self.episodes.state_dict, self.envs)),
         }
         folder = self.logdir / "checkpoints"
         try:
@@ -373,6 +374,11 @@ class Trainer:
         # The next line of losses also covers the updates between the last one and the checkpoint.
         self._metrics = state["metrics"]
         self._since_log = (state["logged"], self.step, time.monotonic())
+        episodes = state.get("episodes", {"reason": "the checkpoint is of an older version"})
+        try:
+            self._in_worker(partial(self.episodes.load_state_dict, episodes, self.envs))
+        except StateError as error:
+            print(f"note: environment state is not restored: {error}; new episodes begin")
         return saved.info
 
     def _write_config(self) -> None:

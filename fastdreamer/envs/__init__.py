@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gymnasium
 
-from fastdreamer.envs.base import FORMS, EnvOptions, TaskError, VectorEnv, nearest
+from fastdreamer.envs.base import FORMS, EnvOptions, StateError, TaskError, VectorEnv, nearest
 from fastdreamer.envs.gym import Factory, GymEnv, factory_by_id
 from fastdreamer.envs.minerl import minerl_factory
 from fastdreamer.envs.own import factory_by_path, is_import_path, module_exists
 from fastdreamer.envs.pool import PoolEnv, atari_games, find_atari, import_envpool
 
-__all__ = ["EnvOptions", "TaskError", "VectorEnv", "find_factory", "make_envs"]
+__all__ = ["EnvOptions", "StateError", "TaskError", "VectorEnv", "find_factory", "make_envs"]
 
 PREFIXES = ("atari", "envpool", "gymnasium", "minerl")
 
