@@ -115,6 +115,7 @@ class Trainer:
             Prefetcher(self.replay, config.learner.batch_size, window(config), self.device)
         )
         self._metrics: dict[str, Tensor] = {}
+        self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
         self._write_config()
@@ -248,11 +249,12 @@ class Trainer:
         """Means of the losses since the last line, with one transfer from the device."""
         updates, step, at = self._since_log
         count, now = self.learner.updates - updates, time.monotonic()
-        metrics = {k: v / count for k, v in self._sums().items()}
+        metrics = {k: v / count for k, v in self._sums().items()} | self._stall
         metrics["updates_per_second"] = (self.learner.updates - self._timed_from) / (now - at)
         metrics["env_steps_per_second"] = (self.step - step) / (now - at)
         self.logger.write(self.step, self.learner.updates, metrics)
-        self._metrics, self._since_log = {}, (self.learner.updates, self.step, now)
+        self._metrics, self._stall = {}, {}
+        self._since_log = (self.learner.updates, self.step, now)
         self._timed_from = self.learner.updates
 
     def _sums(self) -> dict[str, float]:
@@ -313,7 +315,7 @@ class Trainer:
         return self.step - step >= amount
 
     def save(self) -> None:
-        """Write a checkpoint of the whole run; logs how long the loop stood still for it.
+        """Write a checkpoint of the whole run; the next line of losses says how long it took.
 
         Raises:
             UserError: the run diverged, or the disk refused; older checkpoints stay as they are.
@@ -340,14 +342,16 @@ class Trainer:
                 "replay": self.replay.save(self.logdir / "replay"),
             }
             checkpoint.save(folder, self.step, state, info)
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"cannot save to {self.logdir}: {reason}") from error
-        kept = [c.info["replay"] for c in checkpoint.find_all(folder)]
-        replay.prune(self.logdir / "replay", kept)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save to {self.logdir}: {error.strerror}; with room there, the same"
+                " command goes on from the checkpoint before"
+            ) from error
+        finally:
+            kept = [c.info["replay"] for c in checkpoint.find_all(folder)]
+            replay.prune(self.logdir / "replay", kept)
         self._last_save = (self.step, time.monotonic())
-        stall = {"checkpoint/stall_seconds": time.monotonic() - start}
-        self.logger.write(self.step, self.learner.updates, stall)
+        self._stall = {"checkpoint/stall_seconds": time.monotonic() - start}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         found = checkpoint.find_all(self.logdir / "checkpoints")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import resource
 import signal
 import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -13,7 +17,8 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
-from test_train import RECIPE_2025, TINY, Counter, curve, lines, run, tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import RECIPE_2025, TINY, Counter, curve, lines, newer, run, start, tiny, wait_until
 
 from fastdreamer import checkpoint
 from fastdreamer.cli import parse_config
@@ -167,3 +172,93 @@ def test_only_a_resumed_run_unpickles(tmp_path):
     assert not Trap.sprung
     train(CARTPOLE["2023"], tmp_path, 90)
     assert Trap.sprung
+
+
+def logged(logdir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Scalars by name, (step, value) in the order of metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines(logdir):
+        for name in line.keys() - {"step", "updates", "time"}:
+            found.setdefault(name, []).append((line["step"], line[name]))
+    return found
+
+
+def shown(logdir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same as TensorBoard reads it from the event files."""
+    events = EventAccumulator(str(logdir), size_guidance={"scalars": 0}).Reload()
+    found = {n: [(e.step, e.value) for e in events.Scalars(n)] for n in events.Tags()["scalars"]}
+    return {name: values for name, values in found.items() if values}  # some are hidden wholly
+
+
+def test_logs_have_neither_gaps_nor_duplicates(tmp_path):
+    """After a kill before the first checkpoint, another well after one, and a cut by --steps."""
+    options = ["--num-envs", "1", "--log.tensorboard", "--checkpoint-every", "1000000"]
+    for condition in (partial(logs, tmp_path, 5), partial(logs_after_checkpoint, tmp_path, 5)):
+        process = start(tmp_path, *options, "--steps", "100000")
+        wait_until(condition, process)
+        process.kill()
+        process.wait()
+        assert bool(checkpoint.find_all(tmp_path / "checkpoints")) == (options[-1] == "80")
+        options[-1] = "80"
+    assert len(list(tmp_path.glob("events*"))) == 2
+    last = checkpoint.find_all(tmp_path / "checkpoints")[-1].info["step"]
+    for steps in (last + 11, last + 30):
+        run(tmp_path, *options, "--steps", str(steps))
+    ours, theirs = logged(tmp_path), shown(tmp_path)
+    assert ours.keys() == theirs.keys() and "episode/score" in ours
+    for name, values in ours.items():
+        steps = [step for step, _ in values]
+        assert steps == sorted(set(steps)), name
+        assert steps == [step for step, _ in theirs[name]], name
+        np.testing.assert_allclose([v for _, v in values], [v for _, v in theirs[name]], rtol=1e-6)
+    assert [step for step, _ in ours["loss/world_model"]] == list(range(66, last + 31, 2))
+
+
+def logs(logdir: Path, count: int, after: int = 0) -> bool:
+    """Whether so many whole lines are of later steps."""
+    path = logdir / "metrics.jsonl"
+    text = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return sum(json.loads(line)["step"] > after for line in text.splitlines()) >= count
+
+
+def logs_after_checkpoint(logdir: Path, count: int) -> bool:
+    found = checkpoint.find_all(logdir / "checkpoints")
+    return bool(found) and logs(logdir, count, found[-1].info["step"])
+
+
+# What is refused: the options, the pattern of a file and how much larger a file may get than that.
+FULL = {
+    "metrics": (["--log.every", "1"], "metrics.jsonl", 2000),
+    "events": (["--log.every", "1", "--log.tensorboard"], "events*", 1000),
+    "weights": (["--log.every", "1000000"], "checkpoints/*.pt", -1000),
+    "replay": (["--log.every", "1000000"], "replay/*.bin", -1000),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_costs_no_checkpoint(tmp_path, what):
+    """As seen by the process: files may not grow past a limit."""
+    options, pattern, more = FULL[what]
+    options = [*options, "--checkpoint-every", "80"]
+    process = start(tmp_path, *options, "--steps", "100000")
+    wait_until(partial(newer, tmp_path / "checkpoints", 79), process)
+    limit = next(tmp_path.glob(pattern)).stat().st_size + more
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    message = output.splitlines()[-1]
+    subject = "write the log" if what in ("metrics", "events") else "save"
+    assert message.startswith(f"error: cannot {subject} to {tmp_path}: File too large; with room")
+    found = checkpoint.find_all(tmp_path / "checkpoints")
+    names = {p.name for folder in ("checkpoints", "replay") for p in (tmp_path / folder).iterdir()}
+    kept = {name for c in found for name in files(c.info["replay"])}
+    assert names == kept | {c.path.with_suffix(s).name for c in found for s in (".pt", ".json")}
+    last = found[-1].info["step"]
+    resumed = run(tmp_path, *options, "--steps", str(last + 20), "--resume")
+    assert resumed.learner.updates == (last + 20 - 64) // 2
+
+
+def files(manifest: Mapping) -> set[str]:
+    """Names of a replay's files."""
+    return {entry["file"] for entry in manifest["segments"]}
