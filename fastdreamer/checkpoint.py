@@ -63,15 +63,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, A
     path = folder / f"checkpoint-{step:010d}.pt"
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_atomically(path, buffer.getbuffer())
-    info = {**info, "step": step, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
-    write_json(path.with_suffix(".json"), info)
-    for old in find_all(folder)[:-KEEP]:
-        old.path.with_suffix(".json").unlink()
-        old.path.unlink()
-    for left in folder.glob("checkpoint-*"):  # of saves that were killed
-        if left.suffix == ".partial" or not left.with_suffix(".json").exists():
-            left.unlink()
+    try:
+        write_atomically(path, buffer.getbuffer())
+        info = {**info, "step": step, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
+        write_json(path.with_suffix(".json"), info)
+        for old in find_all(folder)[:-KEEP]:
+            old.path.with_suffix(".json").unlink()
+            old.path.unlink()
+    finally:
+        for left in folder.glob("checkpoint-*"):  # of saves that were killed or had no room
+            if left.suffix == ".partial" or not left.with_suffix(".json").exists():
+                left.unlink()
     return Checkpoint(path, info)
 
 

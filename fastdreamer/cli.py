@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +17,9 @@ from fastdreamer.config import PRESETS, SIZES, Config
 from fastdreamer.errors import UsageError, UserError
 
 T = TypeVar("T")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing to a full disk, over a quota or past the largest file fails with."""
 
 
 def parse_config(args: Sequence[str]) -> Config:
@@ -69,16 +74,31 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
 
 
 def run(program: Callable[[], Any]) -> NoReturn:
-    """Run a command; a user's error becomes one line on stderr and exit status 2."""
+    """Run a command; a user's error or a full disk becomes one line on stderr, exit status 2."""
+    hook, threading.excepthook = threading.excepthook, _report_unless_full
     try:
         program()
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        threading.excepthook = hook
     sys.exit(0)
+
+
+def _report_unless_full(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread dies of a full disk; the next event that is written raises the same."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in FULL):
+        threading.__excepthook__(args)
 
 
 def _choice(args: Sequence[str], option: str, valid: Any, default: str) -> str:

@@ -7,7 +7,8 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdreamer.config import LogConfig
-from fastdreamer.errors import UsageError
+from fastdreamer.errors import UsageError, UserError
 from fastdreamer.video import gif_bytes
 
 VIDEO_FPS = 8
@@ -35,6 +36,7 @@ class Logger:
 
     Raises:
         UsageError: wandb is asked for but not installed, or without TensorBoard.
+        UserError: the disk refuses, also later.
     """
 
     def __init__(
@@ -48,16 +50,19 @@ class Logger:
         config: Mapping[str, Any] | None = None,
     ):
         log = log or LogConfig()
+        self._logdir = logdir
         self._wandb = _sync_wandb(log, logdir, config or {}) if log.wandb else None
-        self._file = (logdir / "metrics.jsonl").open("ab", buffering=0)
-        self._file.truncate(min(keep_bytes, self._file.tell()))
-        self._file.seek(0, os.SEEK_END)
+        with self._writing():
+            self._file = (logdir / "metrics.jsonl").open("ab", buffering=0)
+            self._file.truncate(min(keep_bytes, self._file.tell()))
+            self._file.seek(0, os.SEEK_END)
         self._writer = None
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A resumed run hides the events after its checkpoint.
-            self._writer = SummaryWriter(str(logdir), purge_step=step + 1 if step else None)
+            # Hides the events after the checkpoint, or all of a run that was cut before its first.
+            with self._writing():
+                self._writer = SummaryWriter(str(logdir), purge_step=step + 1 if step else 0)
         self._bar = tqdm(
             total=total, initial=step, unit="step", disable=not log.progress, smoothing=0.05
         )
@@ -71,9 +76,13 @@ class Logger:
         return time.monotonic() - self._start
 
     def sync(self) -> int:
-        """Bring metrics.jsonl to the disk; its size, from where a resumed run continues."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """Bring all lines and events to the disk; the size of metrics.jsonl, where a resumed run
+        continues."""
+        with self._writing():
+            if self._writer is not None:
+                self._writer.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     @property
     def mean_score(self) -> float | None:
@@ -105,10 +114,13 @@ class Logger:
             self._postfix["upd/s"] = f"{metrics['updates_per_second']:.3g}"
             self._bar.set_postfix(self._postfix, refresh=False)
         line = {"step": step, "updates": updates, "time": round(self.elapsed, 3), **metrics}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+        rest = memoryview(json.dumps(line).encode() + b"\n")
+        with self._writing():
+            while rest:  # a disk that fills up takes a part
+                rest = rest[self._file.write(rest) :]
+            if self._writer is not None:
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
 
     def video(self, step: int, name: str, frames: np.ndarray) -> None:
         """Show frames (T, H, W, 3) uint8 in TensorBoard, as an animated GIF among its images."""
@@ -124,16 +136,29 @@ class Logger:
             encoded_image_string=gif_bytes(frames, VIDEO_FPS),
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._writer._get_file_writer().add_summary(summary, step)
+        with self._writing():
+            self._writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
-        """Flush and close all outputs."""
+        """Close all outputs; what :meth:`sync` has not brought to a full disk may be lost."""
         self._bar.close()
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what a full disk raises into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log to {self._logdir}: {error.strerror}; with room there, the"
+                " same command goes on from the last checkpoint"
+            ) from error
 
     def __enter__(self) -> Logger:
         return self

@@ -23,14 +23,15 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from fastdreamer import checkpoint, replay
-from fastdreamer.agent import Agent, Carry
+from fastdreamer.agent import Agent
 from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
 from fastdreamer.dream import replay_frames
-from fastdreamer.envs import VectorEnv, make_envs
+from fastdreamer.envs import StateError, VectorEnv, make_envs
 from fastdreamer.envs.check import preflight
+from fastdreamer.episodes import Episodes, Rows
 from fastdreamer.errors import UsageError, UserError
-from fastdreamer.evaluation import Rows, compare_with_random
+from fastdreamer.evaluation import compare_with_random
 from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
 from fastdreamer.loading import (
@@ -99,9 +100,8 @@ class Trainer:
         self.agent = make_agent(config, self.envs, self.device)
         self.learner = Learner.make(self.agent, config.learner, learner)
         self.generator = torch.Generator(self.device).manual_seed(act)
-        self.carry: Carry | None = None
+        self.episodes = Episodes.none(config.num_envs)
         self.scores: list[float] = []
-        self.returns, self.lengths = np.zeros(config.num_envs), np.zeros(config.num_envs, int)
         self.replay = Replay(
             columns(self.agent),
             self._capacity(),
@@ -115,6 +115,7 @@ class Trainer:
             Prefetcher(self.replay, config.learner.batch_size, window(config), self.device)
         )
         self._metrics: dict[str, Tensor] = {}
+        self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
         self._write_config()
@@ -165,16 +166,19 @@ class Trainer:
         return Result(self.logdir, self.agent, self.scores, evaluation)
 
     def _loop(self) -> None:
-        rows = self._in_worker(self.envs.reset)
+        if self.episodes.rows is None:
+            self.episodes.rows = self._in_worker(self.envs.reset)
+        self._learn(self.due())  # what a signal cut off
         while self.step < self.config.steps and self._stop is None:
-            action, stored = self._act(rows)
-            self.replay.add(rows | stored)
+            action, stored = self._act(self.episodes.rows)
+            self.replay.add(self.episodes.rows | stored)
             self.step += self.config.num_envs
             stepped = self.worker.submit(self.envs.step, action)
             self._learn(self.due())
             try:
                 rows = self._end(stepped.result())
             except Exception:
+                self.episodes.rows = None
                 self.save()  # what the environment broke is not the run
                 raise
             self.logger.advance(self.config.num_envs)
@@ -203,14 +207,15 @@ class Trainer:
             return action, {"action": self.agent.spec.encode(action)}
         obs = {k: torch.from_numpy(rows[k]).to(self.device) for k in self.agent.obs_space}
         first = torch.from_numpy(rows["is_first"]).to(self.device)
-        if self.carry is None:  # the policy takes over in the middle of episodes
-            self.carry = self.agent.initial_carry(count)
+        carry = self.episodes.carry
+        if carry is None:  # the policy takes over in the middle of episodes
+            carry = self.agent.initial_carry(count)
             first = torch.ones_like(first)
         noise = self.agent.act_noise(count, self.generator)
-        self.carry = self.agent.act(obs, first, self.carry, noise)
-        stored = {"action": self.carry.action.cpu().numpy()}
+        self.episodes.carry = carry = self.agent.act(obs, first, carry, noise)
+        stored = {"action": carry.action.cpu().numpy()}
         if self.recipe.joint:
-            stored |= {k: v.numpy() for k, v in latents(self.carry.state).items()}
+            stored |= {k: v.numpy() for k, v in latents(carry.state).items()}
         return self.agent.spec.decode(stored["action"]), stored
 
     def due(self) -> int:
@@ -244,11 +249,12 @@ class Trainer:
         """Means of the losses since the last line, with one transfer from the device."""
         updates, step, at = self._since_log
         count, now = self.learner.updates - updates, time.monotonic()
-        metrics = {k: v / count for k, v in self._sums().items()}
+        metrics = {k: v / count for k, v in self._sums().items()} | self._stall
         metrics["updates_per_second"] = (self.learner.updates - self._timed_from) / (now - at)
         metrics["env_steps_per_second"] = (self.step - step) / (now - at)
         self.logger.write(self.step, self.learner.updates, metrics)
-        self._metrics, self._since_log = {}, (self.learner.updates, self.step, now)
+        self._metrics, self._stall = {}, {}
+        self._since_log = (self.learner.updates, self.step, now)
         self._timed_from = self.learner.updates
 
     def _sums(self) -> dict[str, float]:
@@ -269,14 +275,11 @@ class Trainer:
         return dict(zip(self._metrics, sums, strict=True))
 
     def _track(self, rows: Rows) -> None:
-        self.returns += rows["reward"]
-        self.lengths += ~rows["is_first"]
-        for i in np.flatnonzero(rows["is_last"]):
-            score, length = float(self.returns[i]), int(self.lengths[i])
+        for i, score, length in self.episodes.track(rows):
             self.scores.append(score)
-            logged = self.envs.logged[i]
-            self.logger.episode(self.step, self.learner.updates, score, length, logged)
-            self.returns[i] = self.lengths[i] = 0
+            self.logger.episode(
+                self.step, self.learner.updates, score, length, self.envs.logged[i]
+            )
 
     def _film(self) -> None:
         """Now and then show in TensorBoard what the agent imagines of replayed sequences."""
@@ -314,7 +317,7 @@ class Trainer:
         return self.step - step >= amount
 
     def save(self) -> None:
-        """Write a checkpoint of the whole run; logs how long the loop stood still for it.
+        """Write a checkpoint of the whole run; the next line of losses says how long it took.
 
         Raises:
             UserError: the run diverged, or the disk refused; older checkpoints stay as they are.
@@ -330,6 +333,7 @@ class Trainer:
             "prefetcher": self.prefetcher.state_dict(),
             "metrics": dict(self._metrics),
             "logged": self._since_log[0],
+            "episodes": self._in_worker(partial(self.episodes.state_dict, self.envs)),
         }
         folder = self.logdir / "checkpoints"
         try:
@@ -340,14 +344,16 @@ class Trainer:
                 "replay": self.replay.save(self.logdir / "replay"),
             }
             checkpoint.save(folder, self.step, state, info)
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"cannot save to {self.logdir}: {reason}") from error
-        kept = [c.info["replay"] for c in checkpoint.find_all(folder)]
-        replay.prune(self.logdir / "replay", kept)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save to {self.logdir}: {error.strerror}; with room there, the same"
+                " command goes on from the checkpoint before"
+            ) from error
+        finally:
+            kept = [c.info["replay"] for c in checkpoint.find_all(folder)]
+            replay.prune(self.logdir / "replay", kept)
         self._last_save = (self.step, time.monotonic())
-        stall = {"checkpoint/stall_seconds": time.monotonic() - start}
-        self.logger.write(self.step, self.learner.updates, stall)
+        self._stall = {"checkpoint/stall_seconds": time.monotonic() - start}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         found = checkpoint.find_all(self.logdir / "checkpoints")
@@ -374,6 +380,11 @@ class Trainer:
         # The next line of losses also covers the updates between the last one and the checkpoint.
         self._metrics = state["metrics"]
         self._since_log = (state["logged"], self.step, time.monotonic())
+        episodes = state.get("episodes", {"reason": "the checkpoint is of an older version"})
+        try:
+            self._in_worker(partial(self.episodes.load_state_dict, episodes, self.envs))
+        except StateError as error:
+            print(f"note: environment state is not restored: {error}; new episodes begin")
         return saved.info
 
     def _write_config(self) -> None:

@@ -357,7 +357,8 @@ def test_signal_saves_and_exits(tmp_path, number):
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
     (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
-    assert lines(tmp_path)[-1]["step"] == saved.info["step"]
+    updates = [line["updates"] for line in lines(tmp_path) if "loss/world_model" in line]
+    assert updates == list(range(1, saved.info["updates"] + 1))
 
 
 @pytest.mark.slow

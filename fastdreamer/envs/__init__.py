@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium
 
 from fastdreamer.envs import control, crafter
-from fastdreamer.envs.base import FORMS, EnvOptions, TaskError, VectorEnv, nearest
+from fastdreamer.envs.base import FORMS, EnvOptions, StateError, TaskError, VectorEnv, nearest
 from fastdreamer.envs.control import dmc_tasks, find_dmc
 from fastdreamer.envs.control_images import control_images_factory
 from fastdreamer.envs.gym import Factory, GymEnv, factory_by_id
@@ -13,7 +13,7 @@ from fastdreamer.envs.minerl import minerl_factory
 from fastdreamer.envs.own import factory_by_path, is_import_path, module_exists
 from fastdreamer.envs.pool import PoolEnv, atari_games, find_atari, import_envpool
 
-__all__ = ["EnvOptions", "TaskError", "VectorEnv", "find_factory", "make_envs"]
+__all__ = ["EnvOptions", "StateError", "TaskError", "VectorEnv", "find_factory", "make_envs"]
 
 PREFIXES = ("atari", "crafter", "dmc", "envpool", "gymnasium", "minerl")
 

@@ -38,6 +38,10 @@ class TaskError(UserError):
     """An environment cannot be made from what the user asked for."""
 
 
+class StateError(Exception):
+    """The state of environments cannot be saved or restored; the message says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EnvOptions:
     """How environments are made. Fields marked with a suite do nothing for other tasks.
@@ -112,6 +116,23 @@ class VectorEnv(Protocol):
 
         Raises:
           ValueError: the action's shape, type or range does not fit the action space.
+        """
+        ...
+
+    def get_state(self) -> bytes:
+        """Everything that decides how the environments go on.
+
+        Raises:
+          StateError: they do not give it.
+        """
+        ...
+
+    def set_state(self, state: bytes) -> None:
+        """Puts environments made as before into a state of `get_state`, which may be unpickled:
+        only of one's own files.
+
+        Raises:
+          StateError: they cannot be; nothing is changed.
         """
         ...
 

@@ -1,14 +1,28 @@
-"""Any Gymnasium environment, by id or by factory, N of them stepped in turn in this process."""
+"""Any Gymnasium environment, by id or by factory, N of them stepped in turn in this process.
+
+Their state is their pickle, wrappers and random generators included. An environment that holds what
+does not pickle can leave it out by `__getstate__` and make it anew in `__setstate__`; one that
+inherits `EzPickle`'s, which remembers no more than the constructor's arguments, has no state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.utils import EzPickle
 
-from fastdreamer.envs.base import EnvOptions, TaskError, check_action, from_zero, nearest
+from fastdreamer.envs.base import (
+    EnvOptions,
+    StateError,
+    TaskError,
+    check_action,
+    from_zero,
+    nearest,
+)
 from fastdreamer.envs.observe import Observer
 
 Factory = Callable[[], gymnasium.Env[Any, Any]]
@@ -59,6 +73,26 @@ class GymEnv:
         ]
         return self._stack(rows, first)
 
+    def get_state(self) -> bytes:
+        for layer in _layers(self._envs[0]):
+            if getattr(type(layer), "__getstate__", None) is EzPickle.__getstate__:
+                raise StateError(f"{type(layer).__name__} pickles its arguments only (EzPickle)")
+        try:
+            return pickle.dumps((self._envs, self._seeds, self._ended))
+        except Exception as error:  # of the environment's own code, too
+            raise StateError(f"the environment does not pickle: {_reason(error)}") from error
+
+    def set_state(self, state: bytes) -> None:
+        try:
+            envs, seeds, ended = pickle.loads(state)
+        except Exception as error:
+            raise StateError(f"the environment does not unpickle: {_reason(error)}") from error
+        for name in ("observation_space", "action_space"):
+            if getattr(envs[0], name) != getattr(self._envs[0], name):
+                raise StateError(f"the environment's {name} has changed")
+        self.close()
+        self._envs, self._seeds, self._ended = envs, seeds, ended
+
     def close(self) -> None:
         for env in self._envs:
             env.close()
@@ -102,6 +136,18 @@ class GymEnv:
             "is_last": self._ended.copy(),
             "is_terminal": terminal,
         }
+
+
+def _layers(env: gymnasium.Env[Any, Any]) -> Iterator[gymnasium.Env[Any, Any]]:
+    """An environment's wrappers from without, and itself."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_env(env: Any) -> None:

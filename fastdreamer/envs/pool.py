@@ -22,7 +22,15 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from fastdreamer.envs.base import EnvOptions, TaskError, check_action, fold, from_zero, nearest
+from fastdreamer.envs.base import (
+    EnvOptions,
+    StateError,
+    TaskError,
+    check_action,
+    fold,
+    from_zero,
+    nearest,
+)
 from fastdreamer.envs.control import dmc_tasks, step_repeatedly
 from fastdreamer.envs.doom import Workplace, doom_config, doom_reward, doom_terminal
 from fastdreamer.envs.observe import Observer
@@ -97,6 +105,12 @@ class PoolEnv:
             terminal = doom_terminal(self._task, terminated, truncated, info)
             reward = doom_reward(self._task, reward, terminal, self.frames)
         return self._rows(obs, np.where(first, 0.0, reward), first, self._ended, terminal)
+
+    def get_state(self) -> bytes:
+        raise StateError("envpool does not give that of its environments")
+
+    def set_state(self, state: bytes) -> None:
+        raise StateError("envpool cannot set that of its environments")
 
     def close(self) -> None:
         pool = self.__dict__.pop("_pool", None)

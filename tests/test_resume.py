@@ -1,0 +1,264 @@
+"""Runs that are cut and go on: environments, logs, kills, full disks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import signal
+import threading
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import RECIPE_2025, TINY, Counter, curve, lines, newer, run, start, tiny, wait_until
+
+from fastdreamer import checkpoint
+from fastdreamer.cli import parse_config
+from fastdreamer.evaluate import Options, evaluate
+from fastdreamer.learner import Learner
+from fastdreamer.trainer import Trainer
+
+CARTPOLE = {
+    "2023": [*TINY, "--task", "gymnasium:CartPole-v1"],
+    "2025": [*RECIPE_2025, "--task", "gymnasium:CartPole-v1", "--num-envs", "2"],
+}
+
+
+def losses(logdir: Path) -> list[tuple]:
+    return [line for line in curve(logdir) if "episode/score" not in dict(line)]
+
+
+def scores(logdir: Path) -> list[tuple]:
+    """(step, score, length) of each episode."""
+    names = ("step", "episode/score", "episode/length")
+    return [tuple(x[k] for k in names) for x in lines(logdir) if "episode/score" in x]
+
+
+@pytest.mark.parametrize("recipe", CARTPOLE)
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_run_cut_within_episodes_equals_the_uninterrupted_one(
+    tmp_path, monkeypatch, capsys, recipe, signalled
+):
+    """Also where a signal leaves updates over, which an episode's line then has not counted."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [*CARTPOLE[recipe], "--deterministic", "--learner.replay-ratio", "1.5"]
+    options += ["--checkpoint-every", "50", "--log.every", "1", "--log.no-tensorboard"]
+    ended = train(options, whole, 140)
+    if signalled:
+        monkeypatch.setattr(Learner, "update_target", interrupting(80, Learner.update_target))
+        with pytest.raises(SystemExit):
+            train(options, cut, 140)
+        monkeypatch.undo()
+        assert checkpoint.find_all(cut / "checkpoints")[-1].info["updates"] == 80
+    else:
+        assert train(options, cut, 102).episodes.lengths.any()
+    capsys.readouterr()
+    resumed = train(options, cut, 140)
+    assert "environment state" not in capsys.readouterr().out
+    assert losses(whole) == losses(cut)
+    assert scores(whole) == scores(cut) and len(scores(whole)) >= 4
+    assert signalled or curve(whole) == curve(cut)
+    assert_same(ended.agent.state_dict(), resumed.agent.state_dict())
+    assert_same(ended.episodes.rows, resumed.episodes.rows)
+
+
+def train(options: list[str], logdir: Path, steps: int) -> Trainer:
+    args = [*options, "--logdir", str(logdir), "--steps", str(steps)]
+    with Trainer(parse_config(args)) as trainer:
+        trainer.run()
+    return trainer
+
+
+def assert_same(ours, theirs) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def interrupting(count: int, method):
+    """A method of the learner, with a ctrl-C within that update."""
+
+    def spied(self):
+        if self.updates == count - 1:
+            signal.raise_signal(signal.SIGINT)
+        method(self)
+
+    return spied
+
+
+class Machine(Counter):
+    """Its camera does not pickle."""
+
+    def __init__(self):
+        self.camera = threading.Lock()
+
+
+class Careful(Machine):
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "camera"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, camera=threading.Lock())
+
+
+class Forgetful(EzPickle, Counter):
+    """Pickles what it was made with."""
+
+
+class Changing(Counter):
+    observation_space = Counter.observation_space
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, observation_space=spaces.Discrete(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "note"),
+    [
+        (Careful, ""),
+        (Machine, "the environment does not pickle: TypeError: cannot pickle '_thread.lock'"),
+        (lambda: gymnasium.Wrapper(Forgetful()), "Forgetful pickles its arguments only (EzPickle)"),
+        (Changing, "the environment's observation_space has changed"),
+        (None, "envpool does not give that of its environments"),
+    ],
+)
+def test_what_is_not_restored_is_said(tmp_path, capsys, make, note):
+    for steps in ("66", "90"):
+        task = ["--task", "custom:it"] if make else []
+        with Trainer(parse_config(tiny(tmp_path, *task, "--steps", steps)), make) as trainer:
+            cut = list(trainer.episodes.lengths)
+            trainer.run()
+    notes = [line for line in capsys.readouterr().out.splitlines() if "environment state" in line]
+    if note:
+        assert len(notes) == 1 and notes[0].startswith("note: environment state is not restored: ")
+        assert note in notes[0] and notes[0].endswith("; new episodes begin")
+    else:
+        assert not notes and cut == [3, 3]  # of 33 rows, 6 are of an episode
+
+
+def test_checkpoints_without_environments_resume(tmp_path, capsys):
+    run(tmp_path, "--steps", "70")
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    state = saved.load()
+    del state["episodes"]
+    checkpoint.save(tmp_path / "checkpoints", 70, state, saved.info)
+    assert run(tmp_path, "--steps", "90").step == 90
+    assert "the checkpoint is of an older version; new episodes begin" in capsys.readouterr().out
+
+
+class Trap:
+    sprung = False
+
+    def __setstate__(self, state):
+        Trap.sprung = True
+
+
+def test_only_a_resumed_run_unpickles(tmp_path):
+    train(CARTPOLE["2023"], tmp_path, 70)
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    state, trap = saved.load(), Trap()
+    trap.x = 1
+    state["episodes"]["envs"] = torch.frombuffer(bytearray(pickle.dumps(trap)), dtype=torch.uint8)
+    checkpoint.save(tmp_path / "checkpoints", 70, state, saved.info)
+    evaluate(Options(tmp_path, episodes=1))
+    assert not Trap.sprung
+    train(CARTPOLE["2023"], tmp_path, 90)
+    assert Trap.sprung
+
+
+def logged(logdir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Scalars by name, (step, value) in the order of metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines(logdir):
+        for name in line.keys() - {"step", "updates", "time"}:
+            found.setdefault(name, []).append((line["step"], line[name]))
+    return found
+
+
+def shown(logdir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same as TensorBoard reads it from the event files."""
+    events = EventAccumulator(str(logdir), size_guidance={"scalars": 0}).Reload()
+    found = {n: [(e.step, e.value) for e in events.Scalars(n)] for n in events.Tags()["scalars"]}
+    return {name: values for name, values in found.items() if values}  # some are hidden wholly
+
+
+def test_logs_have_neither_gaps_nor_duplicates(tmp_path):
+    """After a kill before the first checkpoint, another well after one, and a cut by --steps."""
+    options = ["--num-envs", "1", "--log.tensorboard", "--checkpoint-every", "1000000"]
+    for condition in (partial(logs, tmp_path, 5), partial(logs_after_checkpoint, tmp_path, 5)):
+        process = start(tmp_path, *options, "--steps", "100000")
+        wait_until(condition, process)
+        process.kill()
+        process.wait()
+        assert bool(checkpoint.find_all(tmp_path / "checkpoints")) == (options[-1] == "80")
+        options[-1] = "80"
+    assert len(list(tmp_path.glob("events*"))) == 2
+    last = checkpoint.find_all(tmp_path / "checkpoints")[-1].info["step"]
+    for steps in (last + 11, last + 30):
+        run(tmp_path, *options, "--steps", str(steps))
+    ours, theirs = logged(tmp_path), shown(tmp_path)
+    assert ours.keys() == theirs.keys() and "episode/score" in ours
+    for name, values in ours.items():
+        steps = [step for step, _ in values]
+        assert steps == sorted(set(steps)), name
+        assert steps == [step for step, _ in theirs[name]], name
+        np.testing.assert_allclose([v for _, v in values], [v for _, v in theirs[name]], rtol=1e-6)
+    assert [step for step, _ in ours["loss/world_model"]] == list(range(66, last + 31, 2))
+
+
+def logs(logdir: Path, count: int, after: int = 0) -> bool:
+    """Whether so many whole lines are of later steps."""
+    path = logdir / "metrics.jsonl"
+    text = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return sum(json.loads(line)["step"] > after for line in text.splitlines()) >= count
+
+
+def logs_after_checkpoint(logdir: Path, count: int) -> bool:
+    found = checkpoint.find_all(logdir / "checkpoints")
+    return bool(found) and logs(logdir, count, found[-1].info["step"])
+
+
+# What is refused: the options, the pattern of a file and how much larger a file may get than that.
+FULL = {
+    "metrics": (["--log.every", "1"], "metrics.jsonl", 2000),
+    "events": (["--log.every", "1", "--log.tensorboard"], "events*", 1000),
+    "weights": (["--log.every", "1000000"], "checkpoints/*.pt", -1000),
+    "replay": (["--log.every", "1000000"], "replay/*.bin", -1000),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_costs_no_checkpoint(tmp_path, what):
+    """As seen by the process: files may not grow past a limit."""
+    options, pattern, more = FULL[what]
+    options = [*options, "--checkpoint-every", "80"]
+    process = start(tmp_path, *options, "--steps", "100000")
+    wait_until(partial(newer, tmp_path / "checkpoints", 79), process)
+    limit = next(tmp_path.glob(pattern)).stat().st_size + more
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    message = output.splitlines()[-1]
+    subject = "write the log" if what in ("metrics", "events") else "save"
+    assert message.startswith(f"error: cannot {subject} to {tmp_path}: File too large; with room")
+    found = checkpoint.find_all(tmp_path / "checkpoints")
+    names = {p.name for folder in ("checkpoints", "replay") for p in (tmp_path / folder).iterdir()}
+    kept = {name for c in found for name in files(c.info["replay"])}
+    assert names == kept | {c.path.with_suffix(s).name for c in found for s in (".pt", ".json")}
+    last = found[-1].info["step"]
+    resumed = run(tmp_path, *options, "--steps", str(last + 20), "--resume")
+    assert resumed.learner.updates == (last + 20 - 64) // 2
+
+
+def files(manifest: Mapping) -> set[str]:
+    """Names of a replay's files."""
+    return {entry["file"] for entry in manifest["segments"]}
