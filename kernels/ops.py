@@ -20,7 +20,7 @@ from . import library, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
 from .norm_act import norm_act
-from .twohot import twohot_loss, twohot_mean
+from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
 
@@ -37,8 +37,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "entropy": {"reference": unimix.entropy},
     "kl": {"reference": unimix.kl},
     "sample": {"reference": unimix.sample},
-    "twohot_loss": {"reference": twohot_loss},
-    "twohot_mean": {"reference": twohot_mean},
+    "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
+    "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
 }
 
 
