@@ -22,7 +22,7 @@ from .lambda_return import lambda_return
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
 from .norm_act import norm_act
-from .twohot import twohot_loss, twohot_mean
+from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
 
@@ -45,8 +45,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": torch.ops.fastdreamer.balanced_kl.default,
     },
     "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
-    "twohot_loss": {"reference": twohot_loss},
-    "twohot_mean": {"reference": twohot_mean},
+    "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
+    "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
 }
 
 
