@@ -6,6 +6,7 @@ the machine hits them all; an operator that disagrees with its reference is not 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -13,12 +14,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from bench.results import record
 from fastdreamer import kernels
+from fastdreamer.agent import Agent
+from fastdreamer.config import SIZES
+from fastdreamer.kernels import unimix
+from fastdreamer.recipe import RECIPES
 
 torch.compiler.config.force_disable_caches = True  # or the first call would not show compiling
 
@@ -26,9 +33,16 @@ REFERENCE = kernels.resolve("reference")
 BACKENDS = ("reference", "compile(reference)", "cpp")
 ROUNDS = range(5)
 SHAPES = {"imagination": (1024, 15), "replay": (16, 63)}  # N, T of every preset's 16 x 64 batch
+# (B T, S, K) of the latents by size, and (H B T, A) of the policy.
+CATEGORICALS = {
+    "2025-1m": (1024, 32, 4),
+    "2025-12m": (1024, 32, 16),
+    "2023-s": (1024, 32, 32),
+    "policy": (15360, 18),
+}
 PASSES = ("forward", "forward+backward")
 
-Key = tuple[str, str, str, tuple[int, int]]
+Key = tuple[str, str, str, tuple[int, ...]]
 
 
 @dataclass
@@ -73,19 +87,47 @@ def lambda_return_inputs(shape: tuple[int, int]) -> list[Tensor]:
     return [x.requires_grad_() for x in (reward, discount, value)] + [torch.tensor(0.95)]
 
 
-def forward(operator: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return [operator(*inputs)]
-
-
-def forward_backward(operator: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    ret = operator(*inputs)
-    wanted = [x for x in inputs if x.requires_grad]
-    return [ret.detach(), *torch.autograd.grad(ret.square().sum(), wanted)]
+def categorical_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    logits = [torch.randn(shape, generator=g) for _ in range(2)]
+    if name == "unimix":
+        return [logits[0].requires_grad_()]
+    logp, logq = (unimix.unimix(x).requires_grad_() for x in logits)
+    if name == "entropy":
+        return [logp]
+    noise = -torch.empty(shape).exponential_(generator=g).log()
+    return [logp, noise if name == "sample" else logq]
 
 
 @cache
-def implementation(name: str, backend: str, shape: tuple[int, int]) -> Callable[..., Tensor]:
+def agc_laprop_inputs(size: str) -> list[Any]:
+    """Parameters, gradients and moments of an Atari agent of recipe 2025, and the scalars."""
+    spaces = {"image": Box(0, 255, (64, 64, 3), np.uint8)}, Discrete(18)
+    agent = Agent(*spaces, SIZES["2025"][size], RECIPES["2025"], REFERENCE)
+    params = [p.data for p in agent.parameters() if p.requires_grad]
+    g = torch.Generator().manual_seed(0)
+    grads, nu, mu = ([torch.randn(p.shape, generator=g) for p in params] for _ in range(3))
+    return [params, grads, [x.square() for x in nu], mu, 1000, 4e-5, 0.3]
+
+
+def outputs_of(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+def forward(operator: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return outputs_of(operator(*inputs))
+
+
+def forward_backward(operator: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
+    outputs = outputs_of(operator(*inputs))
+    wanted = [x for x in inputs if x.requires_grad]
+    loss = torch.stack([y.square().sum() for y in outputs]).sum()
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, wanted)]
+
+
+@cache
+def implementation(name: str, backend: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
     reference = getattr(REFERENCE, name)
     if backend == "compile(reference)":
         return torch.compile(reference, fullgraph=True, dynamic=False)
@@ -96,20 +138,54 @@ def implementation(name: str, backend: str, shape: tuple[int, int]) -> Callable[
     return getattr(ops, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)  # the topmost varies fastest: backends take turns
-@pytest.mark.parametrize("round_", ROUNDS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("pass_", PASSES)
+def in_turns(shapes: dict[str, tuple[int, ...]]) -> Callable[[Callable], Callable]:
+    """Every pass and shape in every round; what is applied last varies fastest: the backend."""
+
+    def decorate(bench: Callable) -> Callable:
+        bench = pytest.mark.parametrize("pass_", PASSES)(bench)
+        bench = pytest.mark.parametrize("shape", shapes.values(), ids=shapes.keys())(bench)
+        bench = pytest.mark.parametrize("round_", ROUNDS)(bench)
+        return pytest.mark.parametrize("backend", BACKENDS)(bench)
+
+    return decorate
+
+
+def measure(
+    benchmark: Any, name: str, run: Callable, key: Key, inputs: list[Any], rounds: int = 50
+) -> None:
+    """Compare one implementation with the reference on copies of the inputs, then time it."""
+    _, pass_, backend, shape = key
+    operator = implementation(name, backend, shape)
+    benchmark.group = f"{name} {pass_} {shape}"
+
+    copies = copy.deepcopy(inputs), copy.deepcopy(inputs)
+    started = time.perf_counter()
+    actual = run(operator, copies[0])
+    timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
+    torch.testing.assert_close(actual, run(getattr(REFERENCE, name), copies[1]))
+    torch.testing.assert_close(*copies)  # of an operator that changes them
+
+    benchmark.pedantic(run, (operator, inputs), rounds=rounds, warmup_rounds=5)
+    timing.medians.append(benchmark.stats.stats.median)
+
+
+@in_turns(SHAPES)
 def bench_lambda_return(benchmark, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key = ("lambda_return", pass_, backend, shape)
-    operator, inputs = implementation("lambda_return", backend, shape), lambda_return_inputs(shape)
-    benchmark.group = f"lambda_return {pass_} {shape}"
+    measure(benchmark, "lambda_return", run, key, lambda_return_inputs(shape))
 
-    started = time.perf_counter()
-    actual = run(operator, inputs)
-    timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
-    torch.testing.assert_close(actual, run(REFERENCE.lambda_return, inputs))
 
-    benchmark.pedantic(run, (operator, inputs), rounds=50, warmup_rounds=5)
-    timing.medians.append(benchmark.stats.stats.median)
+@in_turns(CATEGORICALS)
+@pytest.mark.parametrize("name", ["unimix", "entropy", "kl", "balanced_kl", "sample"])
+def bench_categorical(benchmark, name, backend, pass_, shape, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    measure(benchmark, name, run, (name, pass_, backend, shape), categorical_inputs(name, shape))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("round_", ROUNDS)
+def bench_agc_laprop(benchmark, backend, round_):
+    inputs = agc_laprop_inputs("12m")
+    key = ("agc_laprop", "step", backend, (sum(x.numel() for x in inputs[0]),))
+    measure(benchmark, "agc_laprop", forward, key, inputs, rounds=5)
