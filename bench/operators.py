@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ CATEGORICALS = {
     "policy": (15360, 18),
 }
 PASSES = ("forward", "forward+backward")
+# PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
+NORM_TOLERANCE = {"rtol": 5e-5, "atol": 1e-5}
 
 Key = tuple[str, str, str, tuple[int, ...]]
 
@@ -59,7 +62,7 @@ TIMINGS: dict[Key, Timing] = {}
 @pytest.fixture(scope="module", autouse=True)
 def _record_when_done():
     yield
-    rows = [_row(key, timing) for key, timing in TIMINGS.items()]
+    rows = [_row(key, timing) for key, timing in TIMINGS.items() if timing.medians]
     if rows:
         print(f"\nappended {len(rows)} results to {record('operators', rows)}")
 
@@ -151,10 +154,15 @@ def in_turns(shapes: dict[str, tuple[int, ...]]) -> Callable[[Callable], Callabl
 
 
 def measure(
-    benchmark: Any, name: str, run: Callable, key: Key, inputs: list[Any], rounds: int = 50
+    benchmark: Any,
+    run: Callable,
+    key: Key,
+    inputs: list[Any],
+    rounds: int = 50,
+    tolerance: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Compare one implementation with the reference on copies of the inputs, then time it."""
-    _, pass_, backend, shape = key
+    name, pass_, backend, shape = key
     operator = implementation(name, backend, shape)
     benchmark.group = f"{name} {pass_} {shape}"
 
@@ -162,8 +170,8 @@ def measure(
     started = time.perf_counter()
     actual = run(operator, copies[0])
     timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
-    torch.testing.assert_close(actual, run(getattr(REFERENCE, name), copies[1]))
-    torch.testing.assert_close(*copies)  # of an operator that changes them
+    torch.testing.assert_close(actual, run(getattr(REFERENCE, name), copies[1]), **tolerance)
+    torch.testing.assert_close(*copies, **tolerance)  # of an operator that changes them
 
     benchmark.pedantic(run, (operator, inputs), rounds=rounds, warmup_rounds=5)
     timing.medians.append(benchmark.stats.stats.median)
@@ -173,14 +181,14 @@ def measure(
 def bench_lambda_return(benchmark, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key = ("lambda_return", pass_, backend, shape)
-    measure(benchmark, "lambda_return", run, key, lambda_return_inputs(shape))
+    measure(benchmark, run, key, lambda_return_inputs(shape))
 
 
 @in_turns(CATEGORICALS)
 @pytest.mark.parametrize("name", ["unimix", "entropy", "kl", "balanced_kl", "sample"])
 def bench_categorical(benchmark, name, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
-    measure(benchmark, name, run, (name, pass_, backend, shape), categorical_inputs(name, shape))
+    measure(benchmark, run, (name, pass_, backend, shape), categorical_inputs(name, shape))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -188,4 +196,4 @@ def bench_categorical(benchmark, name, backend, pass_, shape, round_):
 def bench_agc_laprop(benchmark, backend, round_):
     inputs = agc_laprop_inputs("12m")
     key = ("agc_laprop", "step", backend, (sum(x.numel() for x in inputs[0]),))
-    measure(benchmark, "agc_laprop", forward, key, inputs, rounds=5)
+    measure(benchmark, forward, key, inputs, rounds=5, tolerance=NORM_TOLERANCE)
