@@ -237,6 +237,18 @@ FD_API int32_t fd_twohot_mean(
     const void* logits, const void* bins, void* mean,
     int64_t rows, int64_t K, int32_t dtype, void* stream);
 
+/* Lists of `count` contiguous FD_FLOAT32 tensors of sizes[i] elements, changed in place.
+ * LaProp with adaptive gradient clipping, for step 1, 2, ...: each gradient is divided so that its
+ * norm is at most clip max(norm of the parameter, 1e-3), then
+ *   nu += (1 - beta2) (g^2 - nu)
+ *   mu += (1 - beta1) (g / (sqrt(nu / (1 - beta2^step)) + eps) - mu)
+ *   p -= lr / (1 - beta1^step) mu
+ * grad_norm is the norm of all gradients before clipping. */
+FD_API int32_t fd_agc_laprop(
+    float* const* params, const float* const* grads, float* const* nu, float* const* mu,
+    const int64_t* sizes, int64_t count, int64_t step, double lr, double clip, double beta1,
+    double beta2, double eps, double* grad_norm, int32_t dtype, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

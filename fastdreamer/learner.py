@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
-from fastdreamer.kernels.optim import adaptive_clip, laprop
 from fastdreamer.losses import (
     ReturnScale,
     actor_loss,
@@ -333,8 +332,7 @@ class JointLearner(Learner):
         noise = noise or self.draw_noise(rows, length - 1)
         loss, metrics, states = self.loss(batch, noise)
         grads = list(torch.autograd.grad(loss, list(self.params.values())))
-        metrics["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
-        self.step(grads)
+        metrics["grad_norm"] = self.step(grads)
         self.update_target()
         self.updates += 1
         return metrics, states
@@ -380,10 +378,20 @@ class JointLearner(Learner):
         targets = (returns, slow[:, :-1].detach())
         return critic_loss(self.agent.critic(feat), targets, 1 - last[:, :-1], self.recipe.bins, self.ops)
 
-    def step(self, grads: list[Tensor]) -> None:
-        """Adaptive clipping and LaProp with linear warm-up; the first update has rate 0."""
+    def step(self, grads: list[Tensor]) -> Tensor:
+        """Adaptive clipping and LaProp with linear warm-up; the first update has rate 0.
+
+        Returns the norm of all gradients (scalar).
+        """
         config, params = self.config, [p.data for p in self.params.values()]
         warmup = min(1.0, self.updates / config.warmup) if config.warmup else 1.0
-        clipped = adaptive_clip(grads, params, config.clip_adaptive)
-        moments = (list(self.nu.values()), list(self.mu.values()))
-        laprop(params, clipped, *moments, self.updates + 1, config.lr * warmup, eps=config.eps)
+        return self.ops.agc_laprop(
+            params,
+            grads,
+            list(self.nu.values()),
+            list(self.mu.values()),
+            self.updates + 1,
+            config.lr * warmup,
+            config.clip_adaptive,
+            eps=config.eps,
+        )

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from . import library, unimix
+from . import library, optim, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
@@ -47,6 +47,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
     "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
     "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
+    "agc_laprop": {
+        "reference": optim.agc_laprop,
+        "cpp": torch.ops.fastdreamer.agc_laprop.default,
+    },
 }
 
 
@@ -84,6 +88,8 @@ class Ops:
     """Two-hot cross-entropy; see `fastdreamer.kernels.twohot`."""
     twohot_mean: Callable[..., Tensor]
     """Mean over two-hot bins; see `fastdreamer.kernels.twohot`."""
+    agc_laprop: Callable[..., Tensor]
+    """LaProp step with adaptive clipping, in place; see `fastdreamer.kernels.optim`."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ops:
         return self  # immutable, and shared by the copies of a network

@@ -23,12 +23,15 @@ def register(
         schema: arguments and results, such as ``(Tensor x) -> Tensor``.
         cpu: computes it. fake: allocates results of the right shapes, for the compiler.
         autograd: ``setup_context`` and ``backward``; None for an operator that is itself a
-            backward pass, or has none: differentiating it raises RuntimeError.
+            backward pass, or has none: differentiating it raises RuntimeError. One that changes
+            its arguments (``!`` in the schema) takes tensors without gradient.
     """
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _OPERATORS.impl(name, cpu, "CPU")
     qualified = f"fastdreamer::{name}"
     torch.library.register_fake(qualified, fake, lib=_OPERATORS)
+    if "!" in schema:
+        return
 
     def refuse(ctx: Any, *_: object) -> None:
         operator = name.removesuffix("_backward")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdreamer.actions import BoundedNormal, Categorical
 from fastdreamer.agent import ActNoise, Agent
 from fastdreamer.compat.jax_params import from_jax, jax_names, to_jax
-from fastdreamer.kernels import optim, twohot
+from fastdreamer.kernels import twohot
 from fastdreamer.kernels.gru_step import block_linear
 from fastdreamer.learner import JointLearner
 from fastdreamer.losses import ReturnScale, reconstruction_loss, replay_returns
@@ -235,8 +235,7 @@ class TestFunctions2025(Case2025):
             rate = applied_rate(f, variant, step, names[0])
             expected = lr * min(1.0, step / warmup) if warmup else lr
             assert abs(rate - expected) <= 3e-5 * expected
-            clipped = optim.adaptive_clip(grads, params, 0.3)
-            optim.laprop(params, clipped, nu, mu, step + 1, rate)
+            golden.ops.agc_laprop(params, grads, nu, mu, step + 1, rate, 0.3)
             for kind, values in (("param", params), ("nu", nu), ("mu", mu)):
                 for name, value in zip(names, values, strict=True):
                     what = f"opt/{variant}/{kind}{step}/{name}"
