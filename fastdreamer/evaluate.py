@@ -17,7 +17,7 @@ from fastdreamer.config import Config
 from fastdreamer.envs import VectorEnv, make_envs
 from fastdreamer.errors import UsageError
 from fastdreamer.reference import published_score
-from fastdreamer.video import FORMATS, check_output, to_rgb, write_video
+from fastdreamer.video import FORMATS, check_output, to_rgb, write_video, writing
 
 if TYPE_CHECKING:
     from fastdreamer.loading import SavedRun
@@ -92,9 +92,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     result = _described(options, saved, config) | {"scores": scores} | asdict(summarise(scores))
     result |= _published(result)
     if options.video is not None:
-        write_video(options.video, [to_rgb(f) for f in watch.frames], FPS, watch.scale)
+        with writing(options.video) as path:
+            write_video(path, [to_rgb(f) for f in watch.frames], FPS, watch.scale)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        with writing(options.json) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -47,6 +47,7 @@ from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Replay
 from fastdreamer.staging import Prefetcher
 from fastdreamer.stored import columns, latents, unpack
+from fastdreamer.video import writing
 
 
 @dataclass(frozen=True)
@@ -397,7 +398,8 @@ class Trainer:
         make = partial(make_envs, self.factory or config.task, config.num_envs, seed, config.env)
         found = compare_with_random(self.agent, make, config.eval_episodes, seed)
         result = {"step": self.step, **{k: vars(v) for k, v in found.items()}}
-        checkpoint.write_json(self.logdir / "evaluation.json", result)
+        with writing(self.logdir / "evaluation.json") as path:
+            checkpoint.write_json(path, result)
         print(
             f"evaluation over {config.eval_episodes} episodes: mean {found['agent'].mean:.4g}; "
             f"random actions: {found['random'].mean:.4g}"
