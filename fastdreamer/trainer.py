@@ -30,7 +30,7 @@ from fastdreamer.dream import replay_frames
 from fastdreamer.envs import StateError, VectorEnv, make_envs
 from fastdreamer.envs.check import preflight
 from fastdreamer.episodes import Episodes, Rows
-from fastdreamer.errors import UsageError, UserError
+from fastdreamer.errors import UserError
 from fastdreamer.evaluation import compare_with_random
 from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
@@ -40,9 +40,10 @@ from fastdreamer.loading import (
     choose_device,
     make_agent,
     to_json,
+    write_config,
 )
 from fastdreamer.logger import Logger
-from fastdreamer.plan import check, default_logdir, describe, total_updates, window
+from fastdreamer.plan import capacity, check, default_logdir, describe, total_updates, window
 from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Replay
 from fastdreamer.staging import Prefetcher
@@ -105,7 +106,7 @@ class Trainer:
         self.scores: list[float] = []
         self.replay = Replay(
             columns(self.agent),
-            self._capacity(),
+            capacity(config),
             config.num_envs,
             replay_seed,
             pin_memory=self.device.type == "cuda",
@@ -119,7 +120,7 @@ class Trainer:
         self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
-        self._write_config()
+        write_config(self.logdir, config)
         self.logger = stack.enter_context(
             Logger(
                 self.logdir,
@@ -296,10 +297,6 @@ class Trainer:
 
     # What the run is made of
 
-    def _capacity(self) -> int:
-        needed = -(-self.config.steps // self.config.num_envs) * self.config.num_envs
-        return min(self.config.capacity, needed)
-
     def _in_worker(self, task: Callable[[], Any]) -> Any:
         return self.worker.submit(task).result()
 
@@ -385,12 +382,6 @@ class Trainer:
         except StateError as error:
             print(f"note: environment state is not restored: {error}; new episodes begin")
         return saved.info
-
-    def _write_config(self) -> None:
-        try:
-            checkpoint.write_json(self.logdir / "config.json", to_json(self.config))
-        except OSError as error:
-            raise UsageError(f"--logdir {self.logdir}: {error.strerror}") from None
 
     def _evaluate(self) -> dict[str, Any]:
         """Scores of the trained agent and of random actions, written to evaluation.json."""
