@@ -42,8 +42,9 @@ def parse_config(args: Sequence[str]) -> Config:
             )
         config = PRESETS[f"{preset}-{recipe}"]
     size = _choice(args, "--size", SIZES[recipe], config.size)
-    default = dataclasses.replace(config, size=size, model=SIZES[recipe][size])
-    return parse(Config, args, "python -m fastdreamer.train", default)
+    if any(arg.partition("=")[0] == "--size" for arg in args):  # else a preset's own model
+        config = dataclasses.replace(config, size=size, model=SIZES[recipe][size])
+    return parse(Config, args, "python -m fastdreamer.train", config)
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -74,19 +75,13 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
 
 
 def run(program: Callable[[], Any]) -> NoReturn:
-    """Run a command; a user's error or a full disk becomes one line on stderr, exit status 2."""
+    """Run a command; a user's error becomes one line on stderr and exit status 2."""
     hook, threading.excepthook = threading.excepthook, _report_unless_full
     try:
         program()
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{where}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

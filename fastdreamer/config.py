@@ -135,8 +135,8 @@ class Config:
     """A training run of DreamerV3."""
 
     preset: str = "atari100k"
-    """Named set of defaults: atari100k, atari100k-2025, dmc_proprio, dmc_vision, crafter, custom or
-    demo."""
+    """Named set of defaults: atari100k, atari100k-2025, dmc_proprio, dmc_vision, crafter, custom,
+    vizdoom or demo."""
     recipe: Literal["2023", "2025"] = "2023"
     """Which DreamerV3: 2023 (arXiv v1, as sheeprl trains it) or 2025 (Nature, official code)."""
     task: str = "ms_pacman"
@@ -247,7 +247,11 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
     {
         "atari100k": Config(),
         "atari100k-2025": Config(
-            preset="atari100k-2025", recipe="2025", size="12m", learner=_LEARNER_2025
+            preset="atari100k-2025",
+            recipe="2025",
+            size="12m",
+            model=SIZES["2025"]["12m"],
+            learner=_LEARNER_2025,
         ),
         # Size, repeat, environments and train ratio 512 as in the official code when it turned to
         # this recipe (2411f7d); since f8817c4 it has size 1m, no repeat and train ratio 1024. A
@@ -299,6 +303,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             num_envs=4,
             eval_episodes=50,
             env=EnvOptions(image_size=16),
+            model=SIZES["2023"]["debug"],
             learner=LearnerConfig(
                 batch_length=16,
                 horizon=10,
@@ -307,6 +312,31 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
                 lr_world_model=1e-3,
                 lr_actor=1e-3,
                 lr_critic=1e-3,
+            ),
+        ),
+        "vizdoom": Config(
+            preset="vizdoom",
+            task="envpool:MyWayHome-v1",
+            size="debug",
+            steps=240_000,
+            num_envs=8,
+            env=EnvOptions(image_size=32),
+            model=replace(
+                SIZES["2023"]["debug"],
+                deter=256,
+                hidden=128,
+                units=128,
+                stoch=16,
+                classes=16,
+                cnn_depth=8,
+                layers=2,
+            ),
+            learner=LearnerConfig(
+                prefill=8000,
+                replay_ratio=0.05,
+                lr_world_model=4e-4,
+                lr_actor=1e-4,
+                lr_critic=1e-4,
             ),
         ),
     }

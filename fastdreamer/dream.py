@@ -19,7 +19,7 @@ import numpy as np
 from fastdreamer.cli import parse, run
 from fastdreamer.envs import VectorEnv
 from fastdreamer.errors import UsageError
-from fastdreamer.video import FORMATS, check_output, enlarge, to_rgb, write_video
+from fastdreamer.video import FORMATS, check_output, enlarge, to_rgb, write_video, writing
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -110,7 +110,8 @@ def film(options: Options) -> dict[str, Any]:
         options.context,
         options.seed,
     )
-    write_video(options.out, draw(predicted, envs.action_names, options.scale), options.fps)
+    with writing(options.out) as path:
+        write_video(path, draw(predicted, envs.action_names, options.scale), options.fps)
     result = {
         "task": saved.config.task,
         "recipe": saved.config.recipe,
@@ -122,7 +123,8 @@ def film(options: Options) -> dict[str, Any]:
         "mean_squared_pixel_error": predicted.errors(),
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        with writing(options.json) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -17,7 +17,7 @@ from fastdreamer.config import Config
 from fastdreamer.envs import VectorEnv, make_envs
 from fastdreamer.errors import UsageError
 from fastdreamer.reference import published_score
-from fastdreamer.video import FORMATS, check_output, to_rgb, write_video
+from fastdreamer.video import FORMATS, check_output, to_rgb, write_video, writing
 
 if TYPE_CHECKING:
     from fastdreamer.loading import SavedRun
@@ -28,7 +28,7 @@ FPS = 15
 
 @dataclass(frozen=True)
 class Options:
-    """Play whole episodes with a trained agent, or with random actions, and report the scores."""
+    """Play whole episodes with a trained agent, with random actions, or both; report the scores."""
 
     checkpoint: Path | None = None
     """Run directory, its checkpoints folder, or one .pt file."""
@@ -41,7 +41,7 @@ class Options:
     mode: bool = False
     """Take the policy's most probable action instead of a sample."""
     random: bool = False
-    """Play uniformly random actions instead of the agent's."""
+    """Also play as many episodes of uniformly random actions, to compare the agent with."""
     task: str | None = None
     """Task to play; default the checkpoint's. Needed for --random without a checkpoint."""
     video: Path | None = None
@@ -63,13 +63,20 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     Returns:
         What --json writes: task, scores (raw reward units), mean, std, interval (95 % bootstrap),
-        and for a known Atari game human_normalised and published.
+        for a known Atari game human_normalised and published, and with --random beside an agent
+        random (the same of its episodes), difference and standard_errors (see `standard_errors`).
 
     Raises:
         UsageError, CheckpointError, TaskError: in one line.
     """
     _check(options)
-    from fastdreamer.evaluation import agent_policy, random_policy, run_episodes, summarise
+    from fastdreamer.evaluation import (
+        agent_policy,
+        random_policy,
+        run_episodes,
+        standard_errors,
+        summarise,
+    )
     from fastdreamer.loading import choose_device
 
     saved, config = _subject(options)
@@ -81,20 +88,28 @@ def evaluate(options: Options) -> dict[str, Any]:
     )
     try:
         with _Watch(options, envs) as watch:
-            if saved is None or options.random:
+            if saved is None:
                 policy = random_policy(envs, options.seed)
             else:
                 agent = saved.agent(envs, choose_device(options.device))
                 policy = agent_policy(agent, count, options.seed, options.mode)
-            scores = run_episodes(envs, policy, options.episodes, watch)
+            ours = summarise(run_episodes(envs, policy, options.episodes, watch))
+        result = _described(options, saved, config) | asdict(ours)
+        if saved is not None and options.random:
+            chance = random_policy(envs, options.seed)
+            theirs = summarise(run_episodes(envs, chance, options.episodes))
+            result["random"] = asdict(theirs)
+            result["difference"] = ours.mean - theirs.mean
+            result["standard_errors"] = standard_errors(ours, theirs)
     finally:
         envs.close()
-    result = _described(options, saved, config) | {"scores": scores} | asdict(summarise(scores))
     result |= _published(result)
     if options.video is not None:
-        write_video(options.video, [to_rgb(f) for f in watch.frames], FPS, watch.scale)
+        with writing(options.video) as path:
+            write_video(path, [to_rgb(f) for f in watch.frames], FPS, watch.scale)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        with writing(options.json) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -102,12 +117,14 @@ def report(result: Mapping[str, Any]) -> str:
     """The result of :func:`evaluate` as text."""
     lines = [f"{result['task']}: {result['subject']}, {len(result['scores'])} episodes"]
     lines += [f"  episode {i:3}  score {s:g}" for i, s in enumerate(result["scores"], 1)]
-    mean = f"mean {result['mean']:.5g}"
-    if result["interval"] is not None:
-        low, high = result["interval"]
-        mean += f", standard deviation {result['std']:.4g}, 95 % interval of the mean "
-        mean += f"{low:.5g} to {high:.5g} (bootstrap)"
-    lines.append(mean)
+    lines.append(_statistics(result))
+    if "random" in result:
+        lines.append(f"random actions, {len(result['random']['scores'])} episodes")
+        lines.append(_statistics(result["random"]))
+        line = f"difference of the agent to random actions {result['difference']:+.5g}"
+        if result["standard_errors"] is not None:
+            line += f", which is {result['standard_errors']:+.1f} standard errors"
+        lines.append(line)
     if "human_normalised" in result:
         published = result["published"]
         line = f"human-normalised {result['human_normalised']:.3f}; published after 100k steps: "
@@ -117,6 +134,15 @@ def report(result: Mapping[str, Any]) -> str:
             line += f" ({published['dreamer_normalised']:.3f})"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _statistics(summary: Mapping[str, Any]) -> str:
+    line = f"mean {summary['mean']:.5g}"
+    if summary["interval"] is not None:
+        low, high = summary["interval"]
+        line += f", standard deviation {summary['std']:.4g}, 95 % interval of the mean "
+        line += f"{low:.5g} to {high:.5g} (bootstrap)"
+    return line
 
 
 class _Watch:
@@ -147,8 +173,8 @@ class _Watch:
 def _check(options: Options) -> None:
     if options.checkpoint is None and not (options.random and options.task):
         raise UsageError("give --checkpoint DIR, or --random with --task NAME")
-    if options.random and options.mode:
-        raise UsageError("--mode is of an agent's policy: leave it out with --random")
+    if options.checkpoint is None and options.mode:
+        raise UsageError("--mode is of an agent's policy: leave it out without --checkpoint")
     for option, value in (("--episodes", options.episodes), ("--num-envs", options.num_envs)):
         if value < 1:
             raise UsageError(f"{option} must be at least 1, got {value}")
@@ -171,7 +197,7 @@ def _subject(options: Options) -> tuple[SavedRun | None, Config]:
 def _described(options: Options, saved: SavedRun | None, config: Config) -> dict[str, Any]:
     """What was played, by whom."""
     result: dict[str, Any] = {"task": config.task, "seed": options.seed}
-    if saved is None or options.random:
+    if saved is None:
         return result | {"subject": "random actions"}
     ratio = config.learner.replay_ratio
     policy = "most probable actions" if options.mode else "sampled actions"

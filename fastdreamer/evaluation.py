@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,17 @@ def summarise(scores: list[float], resamples: int = 10_000, seed: int = 0) -> Su
     low, high = np.percentile(draws, [2.5, 97.5])
     interval = (float(low), float(high))
     return Summary(list(scores), float(values.mean()), float(values.std(ddof=1)), interval)
+
+
+def standard_errors(a: Summary, b: Summary) -> float | None:
+    """How many standard errors of the difference the mean of ``a`` lies above that of ``b``.
+
+    None where that error is not known (one episode) or 0 (scores that are all alike).
+    """
+    if a.std is None or b.std is None:
+        return None
+    error = math.sqrt(a.std**2 / len(a.scores) + b.std**2 / len(b.scores))
+    return (a.mean - b.mean) / error if error else None
 
 
 def run_episodes(

@@ -142,6 +142,18 @@ def read_config(logdir: Path) -> Config:
     return from_json(Config, values, str(path))
 
 
+def write_config(logdir: Path, config: Config) -> None:
+    """Write the config.json of a run directory.
+
+    Raises:
+        UsageError: the directory cannot be written to.
+    """
+    try:
+        checkpoint.write_json(logdir / "config.json", to_json(config))
+    except OSError as error:
+        raise UsageError(f"--logdir {logdir}: {error.strerror}") from None
+
+
 def _difference(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What differs in one field, or in the first differing field of a group."""
     a, b = saved[name], ours[name]

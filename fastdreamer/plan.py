@@ -124,6 +124,11 @@ def total_updates(config: Config, step: int) -> int:
     return max(0, math.floor(learner.replay_ratio * (step - learner.prefill) + 1e-9))
 
 
+def capacity(config: Config) -> int:
+    """Steps that the replay holds: no more than the run has."""
+    return min(config.capacity, -(-config.steps // config.num_envs) * config.num_envs)
+
+
 def window(config: Config) -> int:
     """Steps of a replayed sequence: recipe 2025 has one more, whose latents are the start."""
     return config.learner.batch_length + RECIPES[config.recipe].joint

@@ -16,7 +16,7 @@ from fastdreamer.cli import parse, run
 from fastdreamer.config import Config
 from fastdreamer.errors import UsageError
 from fastdreamer.reference import official_curves
-from fastdreamer.video import check_output
+from fastdreamer.video import check_output, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,12 +88,14 @@ def plot(options: Options) -> list[Path]:
         raise UsageError(f"--bins must be at least 1, got {options.bins}")
     check_output("--out", options.out, FORMATS)
     logs = [read_log(path) for path in options.runs]
-    paths = [options.out]
-    score_figure(logs, options).savefig(options.out)
+    figures = {options.out: score_figure(logs, options)}
     if options.losses:
-        paths.append(options.out.with_stem(options.out.stem + "-losses"))
-        loss_figure(logs, options.bins).savefig(paths[-1])
-    return paths
+        beside = options.out.with_stem(options.out.stem + "-losses")
+        figures[beside] = loss_figure(logs, options.bins)
+    for path, figure in figures.items():
+        with writing(path):
+            figure.savefig(path)
+    return list(figures)
 
 
 def read_log(logdir: Path) -> RunLog:

@@ -30,7 +30,7 @@ from fastdreamer.dream import replay_frames
 from fastdreamer.envs import StateError, VectorEnv, make_envs
 from fastdreamer.envs.check import preflight
 from fastdreamer.episodes import Episodes, Rows
-from fastdreamer.errors import UsageError, UserError
+from fastdreamer.errors import UserError
 from fastdreamer.evaluation import compare_with_random
 from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
@@ -40,13 +40,15 @@ from fastdreamer.loading import (
     choose_device,
     make_agent,
     to_json,
+    write_config,
 )
 from fastdreamer.logger import Logger
-from fastdreamer.plan import check, default_logdir, describe, total_updates, window
+from fastdreamer.plan import capacity, check, default_logdir, describe, total_updates, window
 from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Replay
 from fastdreamer.staging import Prefetcher
 from fastdreamer.stored import columns, latents, unpack
+from fastdreamer.video import writing
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Trainer:
         self.scores: list[float] = []
         self.replay = Replay(
             columns(self.agent),
-            self._capacity(),
+            capacity(config),
             config.num_envs,
             replay_seed,
             pin_memory=self.device.type == "cuda",
@@ -118,7 +120,7 @@ class Trainer:
         self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
-        self._write_config()
+        write_config(self.logdir, config)
         self.logger = stack.enter_context(
             Logger(
                 self.logdir,
@@ -297,10 +299,6 @@ class Trainer:
 
     # What the run is made of
 
-    def _capacity(self) -> int:
-        needed = -(-self.config.steps // self.config.num_envs) * self.config.num_envs
-        return min(self.config.capacity, needed)
-
     def _in_worker(self, task: Callable[[], Any]) -> Any:
         return self.worker.submit(task).result()
 
@@ -387,19 +385,14 @@ class Trainer:
             print(f"note: environment state is not restored: {error}; new episodes begin")
         return saved.info
 
-    def _write_config(self) -> None:
-        try:
-            checkpoint.write_json(self.logdir / "config.json", to_json(self.config))
-        except OSError as error:
-            raise UsageError(f"--logdir {self.logdir}: {error.strerror}") from None
-
     def _evaluate(self) -> dict[str, Any]:
         """Scores of the trained agent and of random actions, written to evaluation.json."""
         config, seed = self.config, self.config.seed + 1_000_000
         make = partial(make_envs, self.factory or config.task, config.num_envs, seed, config.env)
         found = compare_with_random(self.agent, make, config.eval_episodes, seed)
         result = {"step": self.step, **{k: vars(v) for k, v in found.items()}}
-        checkpoint.write_json(self.logdir / "evaluation.json", result)
+        with writing(self.logdir / "evaluation.json") as path:
+            checkpoint.write_json(path, result)
         print(
             f"evaluation over {config.eval_episodes} episodes: mean {found['agent'].mean:.4g}; "
             f"random actions: {found['random'].mean:.4g}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from fastdreamer.errors import UsageError
+from fastdreamer.errors import UsageError, UserError
 
 FORMATS = (".mp4", ".gif")
 
@@ -31,6 +32,20 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...]) -> N
         raise UsageError(f"{option} {path}: {error.strerror}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"{option} {path}: cannot be written")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Where an output file is written; a part of it does not stay.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        yield path
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:

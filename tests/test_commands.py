@@ -21,7 +21,7 @@ from fastdreamer.cli import parse, run
 from fastdreamer.config import Config
 from fastdreamer.envs import EnvOptions, make_envs
 from fastdreamer.errors import UsageError, UserError
-from fastdreamer.evaluation import random_policy, run_episodes, summarise
+from fastdreamer.evaluation import random_policy, run_episodes, standard_errors, summarise
 from fastdreamer.imagination import predict
 from fastdreamer.loading import from_json, load_agent, load_run
 from fastdreamer.video import write_video
@@ -140,6 +140,27 @@ class TestEvaluate:
     def test_random_actions_need_no_checkpoint(self) -> None:
         result = evaluate.evaluate(evaluate.Options(random=True, task=TASK, episodes=1))
         assert result["subject"] == "random actions" and result["interval"] is None
+
+    def test_random_actions_beside_an_agent(self, logdir: Path) -> None:
+        options = evaluate.Options(logdir, episodes=24, random=True)
+        alone = evaluate.evaluate(dataclasses.replace(options, random=False))
+        chance = evaluate.evaluate(evaluate.Options(random=True, task=TASK, episodes=24))
+        result = evaluate.evaluate(options)
+        assert result["scores"] == alone["scores"] and "random" not in alone
+        assert result["random"]["scores"] != result["scores"]
+        assert len(result["random"]["scores"]) == 24 and -1 < result["random"]["mean"] < 1
+        assert result["difference"] == result["mean"] - result["random"]["mean"]
+        report = evaluate.report(result)
+        difference, errors = result["difference"], result["standard_errors"]
+        assert f"{difference:+.5g}, which is {errors:+.1f} standard errors" in report
+        assert "random" not in chance and chance["subject"] == "random actions"
+
+    def test_standard_errors(self) -> None:
+        a, b = summarise([1.0, 2.0, 3.0, 6.0]), summarise([0.0, 2.0])
+        variances = np.var(a.scores, ddof=1) / 4 + np.var(b.scores, ddof=1) / 2
+        assert standard_errors(a, b) == pytest.approx(2 / np.sqrt(variances))
+        assert standard_errors(a, summarise([1.0])) is None
+        assert standard_errors(summarise([1.0, 1.0]), summarise([1.0, 1.0])) is None
 
     def test_atari_is_normalised(self) -> None:
         published = reference.published_score("atari:MsPacman", "2023")

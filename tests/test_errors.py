@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -384,3 +386,33 @@ def test_commands(here: Path, args: str, message: str) -> None:
         text=True,
     )
     assert message in one_line(done.stderr, done.returncode)
+
+
+WRITERS = {
+    "evaluate --checkpoint run --episodes 4 --json out.json": "out.json",
+    "evaluate --checkpoint run --episodes 4 --video out.gif": "out.gif",
+    "evaluate --checkpoint run --episodes 4 --video out.mp4": "out.mp4",
+    "dream --checkpoint run --out out.gif": "out.gif",
+    "plot run --out out.png": "out.png",
+    "plot run --out out.svg": "out.svg",
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_commands_on_a_full_disk(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """As a process sees it: files may not grow past 50 bytes."""
+    name, *args = command.split()
+    module = importlib.import_module(f"fastdreamer.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+        with pytest.raises(SystemExit) as stop:
+            cli.run(module.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = one_line(capsys.readouterr().err.rpartition("\r")[2], stop.value.code)
+    assert f"{WRITERS[command]}: File too large" in line

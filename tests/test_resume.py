@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
+import random
 import resource
+import runpy
 import signal
+import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import gymnasium
@@ -21,9 +27,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import RECIPE_2025, TINY, Counter, curve, lines, newer, run, start, tiny, wait_until
 
 from fastdreamer import checkpoint
+from fastdreamer.checkpoint import Checkpoint
 from fastdreamer.cli import parse_config
 from fastdreamer.evaluate import Options, evaluate
 from fastdreamer.learner import Learner
+from fastdreamer.plan import total_updates
 from fastdreamer.trainer import Trainer
 
 CARTPOLE = {
@@ -226,6 +234,63 @@ def logs_after_checkpoint(logdir: Path, count: int) -> bool:
     return bool(found) and logs(logdir, count, found[-1].info["step"])
 
 
+@pytest.mark.parametrize("ratio", ["0.3", "1.7"])
+def test_updates_per_step_are_exact_over_many_resumes(tmp_path, ratio):
+    """None is lost at a cut, and none is made up for later."""
+    options = [*TINY, "--learner.replay-ratio", ratio]
+    for steps in (68, 70, 82, 84, 106):
+        trainer = train(options, tmp_path, steps)
+    found = [(x["step"], x["updates"]) for x in lines(tmp_path) if "loss/world_model" in x]
+    assert [updates for _, updates in found] == list(range(1, int(float(ratio) * 42) + 1))
+    assert all(n == total_updates(trainer.config, step) for step, n in dict(found).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", CARTPOLE)
+def test_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, monkeypatch, recipe):
+    """With -9 at random moments, also while it saves, which it does after every step."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [*CARTPOLE[recipe], "--deterministic", "--checkpoint-every", "2", "--log.every", "1"]
+    command = ["train", *options, "--logdir", str(cut), "--steps", "100000"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastdreamer.trainer"])
+    rng, last, kills, torn = random.Random(0), 0, 0, 0
+    while kills < 15 or torn < 2:  # of the kills, so many within a save
+        assert kills < 60
+        process = context.Process(
+            target=runpy.run_module, args=("fastdreamer.train", None, "__main__")
+        )
+        process.start()
+        wait_until_newer(cut / "checkpoints", last, process)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.join()
+        found = checkpoint.find_all(cut / "checkpoints")
+        kills, last, torn = kills + 1, found[-1].info["step"], torn + bool(leftovers(cut, found))
+    for logdir in (whole, cut):
+        ended = train(options, logdir, last + 20)
+    assert curve(whole) == curve(cut)
+    saved = checkpoint.find_all(whole / "checkpoints")[-1].load()
+    assert_same(saved["agent"], ended.agent.state_dict())
+    assert not leftovers(cut, checkpoint.find_all(cut / "checkpoints"))
+
+
+def wait_until_newer(folder: Path, step: int, process: BaseProcess) -> None:
+    deadline = time.monotonic() + 120
+    while not newer(folder, step):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def leftovers(logdir: Path, found: Sequence[Checkpoint]) -> set[str]:
+    """Names of files that belong to no checkpoint."""
+    names = {p.name for name in ("checkpoints", "replay") for p in (logdir / name).iterdir()}
+    whole = {c.path.with_suffix(suffix).name for c in found for suffix in (".pt", ".json")}
+    return names - whole - {name for c in found for name in files(c.info["replay"])}
+
+
 # What is refused: the options, the pattern of a file and how much larger a file may get than that.
 FULL = {
     "metrics": (["--log.every", "1"], "metrics.jsonl", 2000),
@@ -251,9 +316,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, what):
     subject = "write the log" if what in ("metrics", "events") else "save"
     assert message.startswith(f"error: cannot {subject} to {tmp_path}: File too large; with room")
     found = checkpoint.find_all(tmp_path / "checkpoints")
-    names = {p.name for folder in ("checkpoints", "replay") for p in (tmp_path / folder).iterdir()}
-    kept = {name for c in found for name in files(c.info["replay"])}
-    assert names == kept | {c.path.with_suffix(s).name for c in found for s in (".pt", ".json")}
+    assert not leftovers(tmp_path, found)
     last = found[-1].info["step"]
     resumed = run(tmp_path, *options, "--steps", str(last + 20), "--resume")
     assert resumed.learner.updates == (last + 20 - 64) // 2
@@ -261,4 +324,5 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, what):
 
 def files(manifest: Mapping) -> set[str]:
     """Names of a replay's files."""
-    return {entry["file"] for entry in manifest["segments"]}
+    mutable = [manifest["mutable"]] if manifest["mutable"] else []
+    return {entry["file"] for entry in [*manifest["segments"], *mutable]}

@@ -1,11 +1,10 @@
-"""Whole runs: files, repeatability, resume, signals, kills at random moments."""
+"""Whole runs: files, repeatability, resume, signals."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -361,35 +360,9 @@ def test_signal_saves_and_exits(tmp_path, number):
     assert updates == list(range(1, saved.info["updates"] + 1))
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
-    """With -9, again and again, while it saves every 10 steps: it always resumes."""
-    rng, folder, last = random.Random(0), tmp_path / "checkpoints", 0
-    for _ in range(6):
-        process = start(tmp_path, "--steps", "100000", "--checkpoint-every", "10")
-        wait_until(partial(newer, folder, last), process)
-        time.sleep(rng.random() * 0.3)
-        process.kill()
-        process.wait()
-        saved = checkpoint.find_all(folder)[-1]
-        assert saved.info["step"] > last
-        last = saved.info["step"]
-        assert lines_end(tmp_path) - last <= 10 + 2  # the interval, and the step in progress
-    trainer = run(tmp_path, "--steps", str(last + 20), "--checkpoint-every", "10")
-    assert trainer.learner.updates == (last + 20 - 64) // 2
-    updates = [line["updates"] for line in lines(tmp_path) if "loss/world_model" in line]
-    assert updates == list(range(1, len(updates) + 1))
-
-
 def longer(path: Path, size: int) -> bool:
     return path.stat().st_size > size
 
 
 def newer(folder: Path, step: int) -> bool:
     return any(int(path.stem[11:]) > step for path in folder.glob("checkpoint-*.json"))
-
-
-def lines_end(logdir: Path) -> int:
-    """Step of the last whole line."""
-    text = (logdir / "metrics.jsonl").read_text()
-    return json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"]
