@@ -316,9 +316,9 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         ),
         "vizdoom": Config(
             preset="vizdoom",
-            task="envpool:MyWayHome-v1",
+            task="envpool:D2Navigation-v1",
             size="debug",
-            steps=240_000,
+            steps=60_000,
             num_envs=8,
             env=EnvOptions(image_size=32),
             model=replace(
@@ -332,8 +332,8 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
                 layers=2,
             ),
             learner=LearnerConfig(
-                prefill=8000,
-                replay_ratio=0.05,
+                prefill=2000,
+                replay_ratio=0.1,
                 lr_world_model=4e-4,
                 lr_actor=1e-4,
                 lr_critic=1e-4,
