@@ -4,7 +4,7 @@ Facts of envpool 1.2.5, each checked by a test:
 - Its ids are those of dm_control's suite run together: ReacherEasy-v1 is reacher_easy.
 - Its own `frame_skip` gives the reward of a step's last frame alone. The published protocol is the
   sum over the frames of a step, so frames are stepped one by one here.
-- An episode is 1000 frames and ends in a truncation; only lqr's tasks can terminate before.
+- An episode is 1000 frames and ends in a truncation.
 """
 
 from __future__ import annotations
