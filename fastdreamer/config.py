@@ -318,7 +318,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             preset="vizdoom",
             task="envpool:D2Navigation-v1",
             size="debug",
-            steps=60_000,
+            steps=40_000,
             num_envs=8,
             env=EnvOptions(image_size=32),
             model=replace(
@@ -332,11 +332,13 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
                 layers=2,
             ),
             learner=LearnerConfig(
+                batch_length=32,
+                horizon=10,
                 prefill=2000,
                 replay_ratio=0.1,
-                lr_world_model=4e-4,
-                lr_actor=1e-4,
-                lr_critic=1e-4,
+                lr_world_model=1e-3,
+                lr_actor=3e-4,
+                lr_critic=3e-4,
             ),
         ),
     }
