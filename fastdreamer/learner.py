@@ -232,9 +232,7 @@ class Learner:
             self.config.entropy_scale,
         )
         targets = (imagined.returns, imagined.target_values)
-        value_loss = critic_loss(
-            imagined.value_logits, targets, weight, self.recipe.bins, self.ops
-        )
+        value_loss = critic_loss(imagined.value_logits, targets, weight, self.recipe.bins, self.ops)
         metrics = {
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
@@ -376,7 +374,9 @@ class JointLearner(Learner):
         target_logits = self.agent.target_critic(feat.detach())
         slow = self.ops.twohot_mean(target_logits, self.recipe.bins)
         targets = (returns, slow[:, :-1].detach())
-        return critic_loss(self.agent.critic(feat), targets, 1 - last[:, :-1], self.recipe.bins, self.ops)
+        return critic_loss(
+            self.agent.critic(feat), targets, 1 - last[:, :-1], self.recipe.bins, self.ops
+        )
 
     def step(self, grads: list[Tensor]) -> Tensor:
         """Adaptive clipping and LaProp with linear warm-up; the first update has rate 0.

@@ -5,6 +5,7 @@ Legend: B batch, T time, N = B T, H horizon, D deter, S stoch, K classes, A acti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -70,9 +71,7 @@ class GRUCell(nn.Module):
         self.norm = make_norm(3 * model.deter, recipe)
 
     def weights(self) -> GRUWeights:
-        return GRUWeights(
-            self.input.weights(), self.gates.weight, self.norm.weight, self.norm.bias
-        )
+        return GRUWeights(self.input.weights(), self.gates.weight, self.norm.weight, self.norm.bias)
 
     def forward(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
         return self.weights().step(stoch, action, deter, self.norm.eps)

@@ -120,7 +120,6 @@ class Trainer:
         self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
         info = self._restore(saved) if saved else {}
-        write_config(self.logdir, config)
         self.logger = stack.enter_context(
             Logger(
                 self.logdir,
@@ -132,6 +131,7 @@ class Trainer:
                 to_json(config),
             )
         )
+        write_config(self.logdir, config)
         self._timed_from = self.learner.updates
         self._last_save = (self.step if saved else -1, time.monotonic())
         self._stop: int | None = None
@@ -279,9 +279,7 @@ class Trainer:
     def _track(self, rows: Rows) -> None:
         for i, score, length in self.episodes.track(rows):
             self.scores.append(score)
-            self.logger.episode(
-                self.step, self.learner.updates, score, length, self.envs.logged[i]
-            )
+            self.logger.episode(self.step, self.learner.updates, score, length, self.envs.logged[i])
 
     def _film(self) -> None:
         """Now and then show in TensorBoard what the agent imagines of replayed sequences."""

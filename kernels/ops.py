@@ -19,9 +19,9 @@ from torch import Tensor
 from . import library, optim, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
+from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
-from .norm_act import norm_act
 from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
 BACKENDS = ("reference", "cpp")  # from the slowest to the fastest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
 class CImagine(Arguments):
     """``fd_imagine``."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("N", _SIZE),
         ("H", _SIZE),
         *((k, _POINTER) for k in ("start_deter", "start_index", "noise", "action_noise")),
@@ -134,7 +134,9 @@ def rssm_imagine_cpp(
     """
     heads = [layer for head in policy.heads for layer in head]
     layers = max(len(policy.layers), len(weights.prior))
-    fits = layers <= MAX_LAYERS and weights.blocks <= MAX_BLOCKS and 2 * len(policy.heads) <= MAX_HEADS
+    fits = (
+        layers <= MAX_LAYERS and weights.blocks <= MAX_BLOCKS and 2 * len(policy.heads) <= MAX_HEADS
+    )
     if deter.dtype != torch.float32 or not fits:
         return rssm_imagine(weights, policy, deter, stoch, noise, action_noise)
     rows, horizon = noise.shape[:2]

@@ -6,7 +6,8 @@ Legend: B batch, T time, D deter, S stoch, K classes, A action, U hidden, G bloc
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,7 @@ def rssm_observe_cpp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rssm_observe` by the C++ library, in float32; other types are served by the reference."""
     if embedded.dtype != torch.float32:
-        return rssm_observe(
-            weights, start_deter, start_stoch, action, embedded, is_first, noise
-        )
+        return rssm_observe(weights, start_deter, start_stoch, action, embedded, is_first, noise)
     return torch.ops.fastdreamer.rssm_observe(
         _flatten(weights),
         start_deter.detach(),
@@ -120,9 +119,10 @@ def rssm_observe_cpp(
 def _flatten(weights: RSSMWeights) -> list[Tensor]:
     """Every tensor that a gradient flows to, in the order of :func:`_unflatten`."""
     cell, (hidden, out) = weights.cell, weights.posterior
-    layers = [cell.input] if isinstance(cell, GRUWeights) else [cell.deter, cell.stoch, cell.action]
-    parts = [*(x for layer in layers for x in layer), *cell[len(layers) :], *hidden, *out]
-    return [x for x in (*parts, weights.initial_deter) if x is not None]
+    parts: list[Tensor | None] = []
+    for item in cell:
+        parts += [item] if isinstance(item, Tensor) else item
+    return [x for x in (*parts, *hidden, *out, weights.initial_deter) if x is not None]
 
 
 def _unflatten(tensors: list[Tensor], classes: int, eps: float, mix: float) -> RSSMWeights:
@@ -134,8 +134,8 @@ def _unflatten(tensors: list[Tensor], classes: int, eps: float, mix: float) -> R
         first, first_scale, first_shift, out, bias = rest[3:]
         hidden = Layer(first, None, first_scale, first_shift)
     else:
-        layers = [Layer(*tensors[i : i + 3]) for i in (0, 3, 6)]
-        cell = BlockGRUWeights(*layers, *tensors[9:14])
+        deter, stoch, action = (Layer(*tensors[i : i + 3]) for i in (0, 3, 6))
+        cell = BlockGRUWeights(deter, stoch, action, *tensors[9:14])
         first, first_scale, out, bias = tensors[14:]
         hidden = Layer(first, None, first_scale)
     zeros = initial.new_zeros(out.shape[0] // classes, classes)
@@ -148,7 +148,7 @@ _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
 class CObserve(Arguments):
     """``fd_observe``."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("B", _SIZE),
         ("T", _SIZE),
         *(
@@ -165,7 +165,7 @@ class CObserve(Arguments):
 class CObserveGrad(Arguments):
     """``fd_observe_grad``."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         (k, _POINTER)
         for k in (
             *("ddeter", "dstoch", "dlogp", "dinputs", "dhidden", "dgates"),
@@ -240,7 +240,9 @@ def _check(
     for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise ValueError(f"rssm_observe: {name} must be {shape}, got {tuple(x.shape)}")
-    for name, x in (*((k, v[0]) for k, v in expected.items()), *enumerate(_flatten(weights))):
+    named = [*((k, x) for k, (x, _) in expected.items())]
+    named += [(f"weight {i}", x) for i, x in enumerate(_flatten(weights))]
+    for name, x in named:
         dtype = torch.int32 if name == "start_index" else torch.float32
         if x.dtype != dtype:
             raise TypeError(f"rssm_observe: {name} must be {dtype}, got {x.dtype}")
@@ -258,12 +260,13 @@ def _cpu(
     eps: float,
     mix: float,
 ) -> tuple[Tensor, ...]:
-    inputs = (start_deter, start_index, initial_index, action, embedded, is_first, noise)
-    inputs = tuple(x.contiguous() for x in inputs)
-    outputs = _fake(tensors, *inputs, eps, mix)
+    starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
+    embedded, noise = embedded.contiguous(), noise.contiguous()
+    contiguous: tuple[Any, ...] = (*starts[:4], embedded, starts[4], noise)
+    outputs = _fake(tensors, *contiguous, eps, mix)
     weights = _contiguous(_unflatten(tensors, noise.shape[-1], eps, mix))
-    scan = _scan(weights, *inputs[:4], inputs[5], outputs)
-    scan.embedded, scan.noise = inputs[4].data_ptr(), inputs[6].data_ptr()
+    scan = _scan(weights, starts, outputs)
+    scan.embedded, scan.noise = embedded.data_ptr(), noise.data_ptr()
     model = c_model(weights, action.shape[-1], weights.posterior)
     _call("fd_rssm_observe", model, scan)
     _deter, stoch, _logp, index, *_ = outputs
@@ -274,20 +277,12 @@ def _cpu(
 def _contiguous(weights: RSSMWeights) -> RSSMWeights:
     """Weights as the library takes them: only the columns of a layer may be part of more."""
     cell = weights.cell
-    count = 1 if isinstance(cell, GRUWeights) else 3
-    rest = (x.contiguous() for x in cell[count:])
-    return weights._replace(cell=type(cell)(*cell[:count], *rest))  # type: ignore[arg-type]
+    parts = (x.contiguous() if isinstance(x, Tensor) else x for x in cell)
+    return weights._replace(cell=type(cell)(*parts))  # type: ignore[arg-type]
 
 
-def _scan(
-    weights: RSSMWeights,
-    start_deter: Tensor,
-    start_index: Tensor,
-    initial_index: Tensor,
-    action: Tensor,
-    is_first: Tensor,
-    outputs: tuple[Tensor, ...],
-) -> Any:
+def _scan(weights: RSSMWeights, starts: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
+    start_deter, start_index, initial_index, action, is_first = starts
     deter, _stoch, logp, index, inputs, hidden, gates, posterior = outputs
     (rows, steps) = is_first.shape
     return CObserve.of(
@@ -349,7 +344,7 @@ def _cpu_backward(tensors: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     start_deter, start_index, initial_index, action, is_first, deter, logp, *kept = inputs
     weights = _contiguous(_unflatten(tensors, logp.shape[-1], eps, mix))
     starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
-    scan = _scan(weights, *starts, (deter, deter, logp, *kept))
+    scan = _scan(weights, starts, (deter, deter, logp, *kept))
     incoming = [x.contiguous() for x in (ddeter, dstoch, dlogp)]
     dinputs, dhidden, dgates, dposterior, dlogits, dinitial, dnorm = grads
     grad = CObserveGrad.of(
@@ -387,22 +382,16 @@ def _backward(
         tensors, *starts, deter, logp, index, *kept, ddeter, dstoch, dlogp, ctx.eps, ctx.mix
     )
     weights = _unflatten(tensors, logp.shape[-1], ctx.eps, ctx.mix)
-    last = _last_state(weights, *starts, deter, stoch)
+    last = _last_state(weights, starts, deter, stoch)
     dweights = _weight_gradients(weights, last, deter, kept, grads)
     return (dweights, None, None, None, None, grads[3], None, None, None, None)
 
 
 def _last_state(
-    weights: RSSMWeights,
-    start_deter: Tensor,
-    start_index: Tensor,
-    initial_index: Tensor,
-    action: Tensor,
-    is_first: Tensor,
-    deter: Tensor,
-    stoch: Tensor,
+    weights: RSSMWeights, starts: Sequence[Tensor], deter: Tensor, stoch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step started from: deter (N, D), stoch (N, S K), action (N, A); N = B T."""
+    start_deter, start_index, initial_index, action, is_first = starts
     first = is_first.bool().unsqueeze(-1)
 
     def onehot(index: Tensor) -> Tensor:

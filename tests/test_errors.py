@@ -266,6 +266,13 @@ def test_missing_packages(fail: Fail, monkeypatch: pytest.MonkeyPatch, task: str
     assert message in fail(*TINY, "--logdir", "run", "--task", *task.split())
 
 
+def test_wandb_that_is_not_installed(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    args = ["--task", CATCH, "--logdir", "run", "--log.wandb", "robots"]
+    assert "--log.wandb needs the wandb package: pip install wandb" in fail(*TINY, *args)
+    assert not Path("run").exists()
+
+
 def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a package be imported anew, and find what it needs missing."""
     for name in [n for n in sys.modules if n.startswith(package)]:

@@ -374,7 +374,14 @@ class TestCInterface:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("cell", 2), ("deter", 0), ("deter", 25), ("blocks", 65), ("head_layers", 3), ("action", -1)],
+        [
+            ("cell", 2),
+            ("deter", 0),
+            ("deter", 25),
+            ("blocks", 65),
+            ("head_layers", 3),
+            ("action", -1),
+        ],
     )
     def test_sizes(self, name, value):
         setattr(self.model, name, value)
