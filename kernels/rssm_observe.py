@@ -262,8 +262,8 @@ def _cpu(
 ) -> tuple[Tensor, ...]:
     starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
     embedded, noise = embedded.contiguous(), noise.contiguous()
-    contiguous: tuple[Any, ...] = (*starts[:4], embedded, starts[4], noise)
-    outputs = _fake(tensors, *contiguous, eps, mix)
+    arguments: list[Any] = [*starts[:4], embedded, starts[4], noise, eps, mix]
+    outputs = _fake(tensors, *arguments)
     weights = _contiguous(_unflatten(tensors, noise.shape[-1], eps, mix))
     scan = _scan(weights, starts, outputs)
     scan.embedded, scan.noise = embedded.data_ptr(), noise.data_ptr()
