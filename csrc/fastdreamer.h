@@ -135,6 +135,7 @@ typedef struct fd_imagine {
   const float* noise;         /* (N, H, S, K) Gumbel */
   const float* action_noise;  /* (N, H + 1, A) Gumbel, or normal where continuous */
   float* feat;                /* (N, H + 1, D + S K) */
+  int32_t* index;             /* (N, H + 1, S) */
   float* action;              /* (N, H + 1, A) */
   const fd_layer* policy;     /* hidden layers, the first over D + S K features */
   int64_t policy_layers;
@@ -147,6 +148,15 @@ typedef struct fd_imagine {
 } fd_imagine;
 
 FD_API int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout);
+
+/* The one-hot share of a linear layer, FD_FLOAT32: y (N, O) += for each of S latents the row of
+ * table (S K, O) that its class names; index (N, S), -1: none. Backward: dtable += dy likewise. */
+FD_API int32_t fd_latent_gather(
+    const float* table, const int32_t* index, float* y, int64_t N, int64_t S, int64_t K, int64_t O,
+    int32_t dtype, void* stream);
+FD_API int32_t fd_latent_scatter(
+    const float* dy, const int32_t* index, float* dtable, int64_t N, int64_t S, int64_t K,
+    int64_t O, int32_t dtype, void* stream);
 
 /* Lambda returns of N rows over T steps; all tensors (N, T):
  *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])

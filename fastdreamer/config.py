@@ -316,7 +316,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         ),
         "vizdoom": Config(
             preset="vizdoom",
-            task="envpool:D2Navigation-v1",
+            task="envpool:HealthGathering-v1",
             size="debug",
             steps=40_000,
             num_envs=8,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
+from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.losses import (
     ReturnScale,
     actor_loss,
@@ -53,6 +54,7 @@ class Imagined:
     """An imagined rollout and what the heads say of it; (N, H + 1, ...), start first."""
 
     feat: Tensor
+    latents: Latents
     actions: Tensor
     rewards: Tensor
     conts: Tensor
@@ -191,11 +193,11 @@ class Learner:
         """
         agent, config, ops, bins = self.agent, self.config, self.ops, self.recipe.bins
         model = agent.world_model
-        feat, actions = model.rssm.imagine(start, agent.actor.weights(), noise)
-        value_logits = agent.critic(feat)
+        feat, latents, actions = model.rssm.imagine(start, agent.actor.weights(), noise)
+        value_logits = agent.critic(feat, latents)
         with torch.no_grad():
-            rewards = ops.twohot_mean(model.reward(feat), bins)
-            logits = model.cont(feat).squeeze(-1)
+            rewards = ops.twohot_mean(model.reward(feat, latents), bins)
+            logits = model.cont(feat, latents).squeeze(-1)
             if self.recipe.soft_continue:  # the discount is in the probability
                 conts, gamma = torch.sigmoid(logits), 1.0
             else:
@@ -205,9 +207,10 @@ class Learner:
             discount = gamma * conts
             lam = discount.new_full((), config.lam).expand_as(rewards[:, 1:])
             returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
-            target_values = ops.twohot_mean(agent.target_critic(feat), bins)
+            target_values = ops.twohot_mean(agent.target_critic(feat, latents), bins)
             return Imagined(
                 feat=feat,
+                latents=latents,
                 actions=actions,
                 rewards=rewards,
                 conts=conts,
@@ -222,7 +225,7 @@ class Learner:
     def behaviour_losses(self, imagined: Imagined) -> tuple[Tensor, Tensor, Metrics]:
         """Actor and critic losses (scalars) of a rollout, and metrics."""
         weight = imagined.weight[:, :-1]
-        policy = self.agent.actor(imagined.feat)
+        policy = self.agent.actor(imagined.feat, imagined.latents)
         entropy = policy.entropy()[:, :-1]
         policy_loss = actor_loss(
             policy.log_prob(imagined.actions)[:, :-1],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.gru_step import block_linear
+from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_weights import Layer
 from fastdreamer.kernels.twohot import symlog
@@ -100,8 +101,14 @@ class Dense(nn.Module):
         self.linear = Linear(inputs, outputs, recipe, bias=recipe.norm == "rms")
         self.norm, self.ops = make_norm(outputs, recipe), ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return activate(self.linear(x), self.norm, self.ops)
+    def forward(self, x: Tensor, latents: Latents | None = None) -> Tensor:
+        return activate(self.product(x, latents), self.norm, self.ops)
+
+    def product(self, x: Tensor, latents: Latents | None) -> Tensor:
+        """The Linear alone; of features without gradient it may use that they are one-hot."""
+        if latents is None:
+            return self.linear(x)
+        return self.ops.latent_linear(x, latents.drawn, *self.weights()[:2], *latents[1:])
 
     def weights(self) -> Layer:
         """As the kernels take them."""
@@ -127,8 +134,11 @@ class MLP(nn.Module):
         self.hidden = nn.Sequential(*(Dense(i, o, recipe, ops) for i, o in pairwise(sizes)))
         self.out = Linear(sizes[-1], outputs, recipe, init=init) if outputs else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(x))
+    def forward(self, x: Tensor, latents: Latents | None = None) -> Tensor:
+        """``latents``: of features without gradient; see `Dense.product`."""
+        for i, block in enumerate(self.hidden):
+            x = block(x, None if i else latents)
+        return self.out(x)
 
 
 class ConvBlock(nn.Module):

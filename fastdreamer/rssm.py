@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
+from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
 from fastdreamer.kernels.rssm_weights import (
@@ -239,7 +240,7 @@ class RSSM(nn.Module):
 
     def imagine(
         self, start: State, policy: PolicyWeights, noise: ImagineNoise
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Latents, Tensor]:
         """Rollout under ``policy``, without gradient.
 
         Args:
@@ -247,9 +248,11 @@ class RSSM(nn.Module):
             noise: stoch (N, H, S, K) and action (N, H + 1, A).
 
         Returns:
-            Features of the states (N, H + 1, D + S K), the start first, and the action taken in
-            each (N, H + 1, A).
+            Features of the states (N, H + 1, D + S K), the start first, the latents in them, and
+            the action taken in each (N, H + 1, A).
         """
-        return self.ops.rssm_imagine(
+        feat, index, action = self.ops.rssm_imagine(
             self.weights(), policy, start.deter, start.stoch, noise.stoch, noise.action
         )
+        begin = self.deter if self.recipe.deter_first else 0
+        return feat, Latents(index, begin, self.latent[1]), action

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import library, optim, unimix
 from .gru_step import block_gru_step, gru_step
 from .lambda_return import lambda_return
+from .latent_linear import latent_linear, latent_linear_cpp
 from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
@@ -34,6 +35,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
+    "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
     "gru_step": {"reference": gru_step},
     "block_gru_step": {"reference": block_gru_step},
@@ -66,8 +68,10 @@ class Ops:
     """See `fastdreamer.kernels.lambda_return`."""
     rssm_observe: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
-    rssm_imagine: Callable[..., tuple[Tensor, Tensor]]
+    rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
+    latent_linear: Callable[..., Tensor]
+    """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
     gru_step: Callable[..., Tensor]

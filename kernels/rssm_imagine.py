@@ -69,7 +69,7 @@ def rssm_imagine(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rollout of the prior under a policy, without gradient.
 
     Args:
@@ -78,19 +78,21 @@ def rssm_imagine(
             standard normal for continuous ones. Zeros draw modes and means.
 
     Returns:
-        Features of the states (N, H + 1, D + S K), the start first, and the action taken in each
+        Features of the states (N, H + 1, D + S K), the start first; the class of each of their
+        latents (N, H + 1, S) int32, -1 where there is none; and the action taken in each
         (N, H + 1, A).
 
     Source: DreamerV3, eq. 3 and "Actor learning".
     """
-    feats = [policy.features(deter, stoch)]
+    feats, indices = [policy.features(deter, stoch)], [drawn(stoch)]
     actions = [policy.act(feats[0], action_noise[:, 0], weights.eps)]
     for t in range(noise.shape[1]):
         deter = weights.cell.step(stoch.flatten(-2), actions[-1], deter, weights.eps)
         stoch = sample(weights.latent(weights.prior, deter), noise[:, t])
         feats.append(policy.features(deter, stoch))
+        indices.append(drawn(stoch))
         actions.append(policy.act(feats[-1], action_noise[:, t + 1], weights.eps))
-    return torch.stack(feats, 1), torch.stack(actions, 1)
+    return torch.stack(feats, 1), torch.stack(indices, 1), torch.stack(actions, 1)
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -103,7 +105,7 @@ class CImagine(Arguments):
         ("N", _SIZE),
         ("H", _SIZE),
         *((k, _POINTER) for k in ("start_deter", "start_index", "noise", "action_noise")),
-        *((k, _POINTER) for k in ("feat", "action")),
+        *((k, _POINTER) for k in ("feat", "index", "action")),
         ("policy", ctypes.POINTER(CLayer)),
         ("policy_layers", _SIZE),
         ("deter_first", ctypes.c_int32),
@@ -126,7 +128,7 @@ def rssm_imagine_cpp(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rssm_imagine` by the C++ library, in float32.
 
     Other types, and models beyond the library's limits (8 layers, 64 blocks, 32 parts of an
@@ -142,6 +144,7 @@ def rssm_imagine_cpp(
     rows, horizon = noise.shape[:2]
     starts = [x.contiguous() for x in (deter, drawn(stoch), noise, action_noise)]
     feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
+    index = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
     actions = torch.empty_like(starts[3])
     sizes = [head[0].weight.shape[0] for head in policy.heads]
     rollout = CImagine.of(
@@ -152,6 +155,7 @@ def rssm_imagine_cpp(
         noise=starts[2],
         action_noise=starts[3],
         feat=feat,
+        index=index,
         action=actions,
         policy=(CLayer * len(policy.layers))(*map(c_layer, policy.layers)),
         policy_layers=len(policy.layers),
@@ -164,4 +168,4 @@ def rssm_imagine_cpp(
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
-    return feat, actions
+    return feat, index, actions

@@ -87,7 +87,8 @@ int32_t check_imagine(const fd_rssm& model, const fd_imagine& args) {
     }
   if (total != model.action) return FD_ERROR_SIZE;
   if (args.N == 0) return FD_OK;
-  if (any_null({args.start_deter, args.start_index, args.action_noise, args.feat, args.action}) ||
+  if (any_null({args.start_deter, args.start_index, args.action_noise, args.feat, args.index,
+                args.action}) ||
       (args.H > 0 && !args.noise))
     return FD_ERROR_NULL_POINTER;
   return FD_OK;

@@ -62,26 +62,27 @@ class Rollout {
     const int64_t wide = prior_.width() > policy_.width() ? prior_.width() : policy_.width();
     const int64_t width = wide > 2 * A ? wide : 2 * A;
     const Buffer memory(
-        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_ + S));
+        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_));
     const Rows<float> inputs{memory.get(), input_width(model_)}, hidden{inputs[M], D};
     const Rows<float> gates{hidden[M], 3 * D}, x{gates[M], width}, y{x[M], width};
     const Rows<float> logp{y[M], latent_};
-    const Rows<int32_t> index{reinterpret_cast<int32_t*>(logp[M]), S};
-    float* scratch = logp[M] + M * S;
+    float* scratch = logp[M];
     const int64_t steps = args_.H + 1, F = D + latent_;
     for (int64_t t = 0; t < steps; ++t) {
       const Rows<float> feat{args_.feat + (begin * steps + t) * F, steps * F};
       const Rows<float> deter{feat.data + (args_.deter_first ? 0 : latent_), feat.stride};
       const Rows<float> stoch{feat.data + (args_.deter_first ? D : 0), feat.stride};
+      const Rows<int32_t> index{args_.index + (begin * steps + t) * S, steps * S};
       const Rows<float> action{args_.action + (begin * steps + t) * A, steps * A};
       if (t == 0) {
         start(begin, M, deter, index);
       } else {
         const Rows<const float> old{deter.data - F, deter.stride};
+        const Rows<const int32_t> drawn{index.data - S, index.stride};
         const Rows<float> taken{scratch, A};
         for (int64_t m = 0; m < M; ++m) limit_action(action[m] - A, taken[m]);
         cell_.step(
-            M, old, {index.data, S}, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
+            M, old, drawn, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
         draw_prior(begin, M, t - 1, deter, index, x, y, logp);
       }
       for (int64_t m = 0; m < M; ++m) write_one_hot(index[m], stoch[m]);
