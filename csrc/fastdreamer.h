@@ -228,19 +228,19 @@ FD_API int32_t fd_sample_backward(
     const float* donehot, const float* logp, float* dlogp, int64_t N, int64_t K, int32_t dtype,
     void* stream);
 
-/* Two-hot cross-entropy of rows of K logits (K odd) over K ascending bins, for a target y in the
- * bins' space; beyond the bins all weight lies on the end bin, and NaN stays NaN:
+/* Two-hot cross-entropy of rows of K logits (K odd) over K ascending bins, summed over M targets y
+ * in the bins' space; beyond the bins all weight lies on the end bin, and NaN stays NaN:
  *   loss = -(w * logp[below] + (1 - w) * logp[above])
  * stats receives what the gradient needs, the largest logit and the sum of e^(logit - largest).
- * logits (rows, K), y and loss (rows,), bins (K,), stats (rows, 2), contiguous. float32 only. */
+ * logits (rows, K), y (rows, M), loss (rows,), bins (K,), stats (rows, 2), contiguous. float32 only. */
 FD_API int32_t fd_twohot_loss(
     const void* logits, const void* y, const void* bins, void* loss, void* stats,
-    int64_t rows, int64_t K, int32_t dtype, void* stream);
+    int64_t M, int64_t rows, int64_t K, int32_t dtype, void* stream);
 
 /* The gradient of fd_twohot_loss's logits from dloss, the gradient of loss. */
 FD_API int32_t fd_twohot_loss_backward(
     const void* dloss, const void* logits, const void* y, const void* bins, const void* stats,
-    void* dlogits, int64_t rows, int64_t K, int32_t dtype, void* stream);
+    void* dlogits, int64_t M, int64_t rows, int64_t K, int32_t dtype, void* stream);
 
 /* Mean of softmax(logits) over the bins, antisymmetric around 0; exactly 0 for equal logits. */
 FD_API int32_t fd_twohot_mean(

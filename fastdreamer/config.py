@@ -318,7 +318,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             preset="vizdoom",
             task="envpool:HealthGathering-v1",
             size="debug",
-            steps=40_000,
+            steps=20_000,
             num_envs=8,
             env=EnvOptions(image_size=32),
             model=replace(

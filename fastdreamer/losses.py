@@ -56,8 +56,8 @@ def critic_loss(
         logits: of all states; the last one has no target and no loss.
         targets: each (N, H); their losses are added. weight: (N, H).
     """
-    losses = (ops.twohot_loss(logits, F.pad(t, (0, 1)), bins)[:, :-1] for t in targets)
-    return (weight * sum(losses)).mean()
+    target = F.pad(torch.stack(list(targets), -1), (0, 0, 0, 1))  # (N, H + 1, targets)
+    return (weight * ops.twohot_loss(logits, target, bins)[:, :-1]).mean()
 
 
 def replay_returns(

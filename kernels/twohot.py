@@ -23,8 +23,8 @@ LOSS_BACKWARD_SCHEMA = (
 MEAN_SCHEMA = '(Tensor logits, str layout="symlog") -> Tensor'
 MEAN_BACKWARD_SCHEMA = "(Tensor dmean, Tensor logits, Tensor mean, str layout) -> Tensor"
 SIZES = library.SIZE * 2 + library.DTYPE_AND_STREAM
-LOSS_SIGNATURE = library.OUTPUT * 5 + SIZES
-LOSS_BACKWARD_SIGNATURE = library.OUTPUT * 6 + SIZES
+LOSS_SIGNATURE = library.OUTPUT * 5 + library.SIZE + SIZES
+LOSS_BACKWARD_SIGNATURE = library.OUTPUT * 6 + library.SIZE + SIZES
 MEAN_SIGNATURE = library.OUTPUT * 3 + SIZES
 
 
@@ -63,12 +63,12 @@ def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> Tenso
 
     Args:
         logits: (..., K) unnormalised, K odd.
-        target: (...) values in reward or return units; no gradient flows into them.
+        target: (...) or (..., M) values in reward or return units; no gradient flows into them.
             Outside the bins all weight lies on the end bin; NaN gives NaN.
         layout: "symlog" or "symexp".
 
     Returns:
-        (...) loss in nats.
+        (...) loss in nats; of M targets, the sum of their losses.
 
     Raises:
         ValueError: shapes that do not fit, an unknown layout or an even K.
@@ -80,15 +80,17 @@ def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> Tenso
     _check_shapes(logits, target)
     below, above, weight = _place(logits, target, layout)
     logp = F.log_softmax(logits, -1)
-    logp_below = logp.gather(-1, below.unsqueeze(-1)).squeeze(-1)
-    logp_above = logp.gather(-1, above.unsqueeze(-1)).squeeze(-1)
-    return -(weight * logp_below + (1 - weight) * logp_above)
+    return -(weight * logp.gather(-1, below) + (1 - weight) * logp.gather(-1, above)).sum(-1)
 
 
 def _check_shapes(logits: Tensor, target: Tensor) -> None:
-    if logits.ndim == 0 or target.shape != logits.shape[:-1]:
+    if (
+        logits.ndim == 0
+        or target.shape[: logits.ndim - 1] != logits.shape[:-1]
+        or (target.ndim > logits.ndim)
+    ):
         raise ValueError(
-            "twohot_loss: logits must be (..., K) and target (...), got "
+            "twohot_loss: logits must be (..., K) and target (...) or (..., M), got "
             f"{tuple(logits.shape)}, {tuple(target.shape)}"
         )
 
@@ -99,9 +101,10 @@ def _in_bin_space(target: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
 
 
 def _place(logits: Tensor, target: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The bins below and above each target, and the weight of the one below."""
+    """The bins below and above each target, and the weight of the one below; each (..., M)."""
     b = bins(layout, logits.shape[-1], logits.dtype, logits.device)
     y = _in_bin_space(target, layout, logits.dtype)
+    y = y.unsqueeze(-1) if y.ndim < logits.ndim else y
     count = torch.searchsorted(b, y, right=True)  # bins <= y
     below, above = (count - 1).clamp(min=0), count.clamp(max=len(b) - 1)
     to_below, to_above = (b[below] - y).abs(), (b[above] - y).abs()
@@ -150,6 +153,11 @@ def _sizes(logits: Tensor) -> tuple[Any, ...]:
     return logits.numel() // K, K, library.DTYPES[logits.dtype], None
 
 
+def _targets(logits: Tensor, target: Tensor) -> int:
+    """M."""
+    return target.shape[-1] if target.ndim == logits.ndim else 1
+
+
 def _loss_cpu(logits: Tensor, target: Tensor, layout: str = "symlog") -> tuple[Tensor, Tensor]:
     loss, stats = _loss_fake(logits, target, layout)
     logits = logits.contiguous()
@@ -164,6 +172,7 @@ def _loss_cpu(logits: Tensor, target: Tensor, layout: str = "symlog") -> tuple[T
         bins(layout, logits.shape[-1], logits.dtype, logits.device).data_ptr(),
         loss.data_ptr(),
         stats.data_ptr(),
+        _targets(logits, target),
         *_sizes(logits),
     )
     return loss, stats
@@ -174,7 +183,8 @@ def _loss_fake(logits: Tensor, target: Tensor, layout: str = "symlog") -> tuple[
     _check_logits("twohot_loss", logits, layout)
     if target.device != logits.device:
         raise ValueError(f"twohot_loss: inputs on {logits.device} and {target.device}")
-    return logits.new_empty(target.shape), logits.new_empty((*target.shape, 2))
+    lead = logits.shape[:-1]
+    return logits.new_empty(lead), logits.new_empty((*lead, 2))
 
 
 def _loss_backward_cpu(
@@ -184,9 +194,9 @@ def _loss_backward_cpu(
     dloss, logits, stats = dloss.contiguous(), logits.contiguous(), stats.contiguous()
     if logits.dtype == torch.float64:
         below, above, weight = _place(logits, target, layout)
-        dlogits.copy_((logits - stats[..., :1]).exp() / stats[..., 1:])
-        dlogits.scatter_add_(-1, below.unsqueeze(-1), -weight.unsqueeze(-1))
-        dlogits.scatter_add_(-1, above.unsqueeze(-1), weight.unsqueeze(-1) - 1)
+        dlogits.copy_(below.shape[-1] * (logits - stats[..., :1]).exp() / stats[..., 1:])
+        dlogits.scatter_add_(-1, below, -weight)
+        dlogits.scatter_add_(-1, above, weight - 1)
         return dlogits.mul_(dloss.unsqueeze(-1))
     y = _in_bin_space(target, layout, logits.dtype)
     library.function("fd_twohot_loss_backward", LOSS_BACKWARD_SIGNATURE)(
@@ -196,6 +206,7 @@ def _loss_backward_cpu(
         bins(layout, logits.shape[-1], logits.dtype, logits.device).data_ptr(),
         stats.data_ptr(),
         dlogits.data_ptr(),
+        _targets(logits, target),
         *_sizes(logits),
     )
     return dlogits
@@ -205,10 +216,11 @@ def _loss_backward_fake(
     dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, layout: str
 ) -> Tensor:
     _loss_fake(logits, target, layout)
-    if dloss.shape != target.shape or stats.shape != (*target.shape, 2):
+    lead = logits.shape[:-1]
+    if dloss.shape != lead or stats.shape != (*lead, 2):
         raise ValueError(
-            f"twohot_loss: dloss {tuple(dloss.shape)} and stats {tuple(stats.shape)} for targets "
-            f"{tuple(target.shape)}"
+            f"twohot_loss: dloss {tuple(dloss.shape)} and stats {tuple(stats.shape)} for logits "
+            f"{tuple(logits.shape)}"
         )
     if dloss.dtype != logits.dtype or stats.dtype != logits.dtype:
         raise TypeError(f"twohot_loss: {dloss.dtype}, {stats.dtype} for logits {logits.dtype}")

@@ -182,7 +182,7 @@ def test_compiles_to_one_graph(cpp):
 
 def test_refuses_wrong_inputs(ops):
     logits, target = torch.ones(4, 5), torch.ones(4)
-    for wrong in ((logits, torch.ones(5)), (logits, torch.ones(4, 1)), (target[0], target[0])):
+    for wrong in ((logits, torch.ones(5)), (logits, torch.ones(4, 1, 1)), (target[0], target[0])):
         with pytest.raises(ValueError, match=r"must be \(..., K\) and target \(...\)"):
             ops.twohot_loss(*wrong)
     with pytest.raises(ValueError, match="layout symlog or symexp"):
@@ -207,36 +207,52 @@ def test_cpp_refuses_dtypes_devices_and_second_derivatives(cpp):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_losses_of_several_targets_add_up(ops, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 3, 41, generator=g, dtype=dtype).requires_grad_()
+    targets = 5 * torch.randn(7, 3, 4, generator=g, dtype=dtype)
+    together = ops.twohot_loss(logits, targets, "symexp")
+    apart = torch.stack([ops.twohot_loss(logits, t, "symexp") for t in targets.unbind(-1)]).sum(0)
+    torch.testing.assert_close(together, apart)
+    weight = torch.randn(7, 3, generator=g, dtype=dtype)
+    (x,), (y,) = (torch.autograd.grad(z, logits, weight) for z in (together, apart))
+    torch.testing.assert_close(x, y)
+
+
 class TestCInterface:
     """The C functions, called as another program would."""
 
     SIGNATURES = (
-        ("fd_twohot_loss", LOSS_SIGNATURE, 2),
-        ("fd_twohot_loss_backward", LOSS_BACKWARD_SIGNATURE, 1),
-        ("fd_twohot_mean", MEAN_SIGNATURE, 1),
+        ("fd_twohot_loss", LOSS_SIGNATURE, 2, [1]),
+        ("fd_twohot_loss_backward", LOSS_BACKWARD_SIGNATURE, 1, [1]),
+        ("fd_twohot_mean", MEAN_SIGNATURE, 1, []),
     )
-    functions = pytest.mark.parametrize(("name", "signature", "outputs"), SIGNATURES)
+    functions = pytest.mark.parametrize(("name", "signature", "outputs", "targets"), SIGNATURES)
 
     @pytest.fixture(autouse=True)
     def _built(self, cpp):
         self.ones = torch.ones(2, 3)
 
-    def arguments(self, signature: tuple, outputs: int) -> list:
+    def arguments(self, signature: tuple, outputs: int, targets: list[int]) -> list:
         self.outputs = [torch.zeros(2, 3) for _ in range(outputs)]
-        inputs = [self.ones.data_ptr()] * (len(signature) - 4 - outputs)
-        return inputs + [x.data_ptr() for x in self.outputs] + [2, 3, 0, None]
+        inputs = [self.ones.data_ptr()] * (len(signature) - 4 - len(targets) - outputs)
+        return inputs + [x.data_ptr() for x in self.outputs] + targets + [2, 3, 0, None]
 
     @functions
-    def test_refuses(self, name, signature, outputs):
-        pointers = [(i, None, "null pointer") for i in range(len(signature) - 4)]
-        sizes = [(-4, -1, "size"), (-3, 0, "size"), (-3, 2, "size"), (-2, 1, "dtype")]
+    def test_refuses(self, name, signature, outputs, targets):
+        count = len(signature) - 4 - len(targets)
+        pointers = [(i, None, "null pointer") for i in range(count)]
+        sizes = [(count, 0, "size")] * len(targets)
+        sizes += [(-4, -1, "size"), (-3, 0, "size"), (-3, 2, "size"), (-2, 1, "dtype")]
         for i, wrong, message in (*pointers, *sizes):
-            arguments = self.arguments(signature, outputs)
+            arguments = self.arguments(signature, outputs, targets)
             arguments[i] = wrong
             with pytest.raises(RuntimeError, match=message):
                 library.function(name, signature)(*arguments)
             assert not any(x.any() for x in self.outputs)
 
     @functions
-    def test_no_rows_need_no_pointers(self, name, signature, outputs):
-        library.function(name, signature)(*[None] * (len(signature) - 4), 0, 3, 0, None)
+    def test_no_rows_need_no_pointers(self, name, signature, outputs, targets):
+        pointers = [None] * (len(signature) - 4 - len(targets))
+        library.function(name, signature)(*pointers, *targets, 0, 3, 0, None)

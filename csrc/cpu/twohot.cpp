@@ -7,10 +7,10 @@ namespace fastdreamer {
 
 FD_DECLARE(void twohot_loss_rows(
     const float* logits, const float* y, const float* bins, float* loss, float* stats,
-    int64_t rows, int64_t K))
+    int64_t M, int64_t rows, int64_t K))
 FD_DECLARE(void twohot_loss_backward_rows(
     const float* dloss, const float* logits, const float* y, const float* bins, const float* stats,
-    float* dlogits, int64_t rows, int64_t K))
+    float* dlogits, int64_t M, int64_t rows, int64_t K))
 FD_DECLARE(void twohot_mean_rows(
     const float* logits, const float* bins, float* mean, int64_t rows, int64_t K))
 
@@ -20,14 +20,14 @@ constexpr int64_t kGrain = 16384;  // logits that are worth a thread
 
 void loss_rows(
     const float* logits, const float* y, const float* bins, float* loss, float* stats,
-    int64_t rows, int64_t K) {
-  FD_DISPATCH(twohot_loss_rows(logits, y, bins, loss, stats, rows, K))
+    int64_t M, int64_t rows, int64_t K) {
+  FD_DISPATCH(twohot_loss_rows(logits, y, bins, loss, stats, M, rows, K))
 }
 
 void backward_rows(
     const float* dloss, const float* logits, const float* y, const float* bins, const float* stats,
-    float* dlogits, int64_t rows, int64_t K) {
-  FD_DISPATCH(twohot_loss_backward_rows(dloss, logits, y, bins, stats, dlogits, rows, K))
+    float* dlogits, int64_t M, int64_t rows, int64_t K) {
+  FD_DISPATCH(twohot_loss_backward_rows(dloss, logits, y, bins, stats, dlogits, M, rows, K))
 }
 
 void mean_rows(const float* logits, const float* bins, float* mean, int64_t rows, int64_t K) {
@@ -55,24 +55,26 @@ float* floats(void* data) { return static_cast<float*>(data); }
 
 int32_t fd_twohot_loss(
     const void* logits, const void* y, const void* bins, void* loss, void* stats,
-    int64_t rows, int64_t K, int32_t dtype, void*) {
+    int64_t M, int64_t rows, int64_t K, int32_t dtype, void*) {
   using namespace fastdreamer;
+  if (M < 1) return FD_ERROR_SIZE;
   return over_rows(rows, K, dtype, {logits, y, bins, loss, stats}, [&](int64_t begin, int64_t end) {
     loss_rows(
-        floats(logits) + begin * K, floats(y) + begin, floats(bins), floats(loss) + begin,
-        floats(stats) + 2 * begin, end - begin, K);
+        floats(logits) + begin * K, floats(y) + begin * M, floats(bins), floats(loss) + begin,
+        floats(stats) + 2 * begin, M, end - begin, K);
   });
 }
 
 int32_t fd_twohot_loss_backward(
     const void* dloss, const void* logits, const void* y, const void* bins, const void* stats,
-    void* dlogits, int64_t rows, int64_t K, int32_t dtype, void*) {
+    void* dlogits, int64_t M, int64_t rows, int64_t K, int32_t dtype, void*) {
   using namespace fastdreamer;
+  if (M < 1) return FD_ERROR_SIZE;
   const auto pointers = {dloss, logits, y, bins, stats, static_cast<const void*>(dlogits)};
   return over_rows(rows, K, dtype, pointers, [&](int64_t begin, int64_t end) {
     backward_rows(
-        floats(dloss) + begin, floats(logits) + begin * K, floats(y) + begin, floats(bins),
-        floats(stats) + 2 * begin, floats(dlogits) + begin * K, end - begin, K);
+        floats(dloss) + begin, floats(logits) + begin * K, floats(y) + begin * M, floats(bins),
+        floats(stats) + 2 * begin, floats(dlogits) + begin * K, M, end - begin, K);
   });
 }
 

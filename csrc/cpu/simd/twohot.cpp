@@ -73,33 +73,43 @@ Place find(const float* bins, int64_t K, float y) {
 }
 
 void loss_row(
-    const float* x, float y, const float* bins, float* loss, float* stats, int64_t K) {
+    const float* x, const float* y, const float* bins, float* loss, float* stats, int64_t M,
+    int64_t K) {
   const Row row(x, K);
   const Stats s = softmax_stats(row.get(), K);
-  const Place place = find(bins, K, y);
   const float log_sum = log(broadcast(s.sum))[0];
-  const float below = x[place.below] - s.max - log_sum, above = x[place.above] - s.max - log_sum;
-  // log() reads only the bits of a number: a NaN has to be brought back.
-  *loss = s.sum == s.sum ? -(place.weight * below + (1 - place.weight) * above) : s.sum;
+  *loss = 0;
+  for (int64_t m = 0; m < M; ++m) {
+    const Place place = find(bins, K, y[m]);
+    const float below = x[place.below] - s.max - log_sum;
+    const float above = x[place.above] - s.max - log_sum;
+    *loss -= place.weight * below + (1 - place.weight) * above;
+  }
   stats[0] = s.max;
   stats[1] = s.sum;
 }
 
 void backward_row(
-    float dloss, const float* x, float y, const float* bins, const float* stats, float* dx,
-    int64_t K) {
+    float dloss, const float* x, const float* y, const float* bins, const float* stats, float* dx,
+    int64_t M, int64_t K) {
   const Row row(x, K);
   float narrow[kLanes];
   float* out = K < kLanes ? narrow : dx;
-  const Place place = find(bins, K, y);
-  const float rest = 1 - place.weight;
-  const float factor = dloss * (place.weight + rest) / stats[1];
+  float total = 0;  // of the weights: M, or NaN where a target is
+  for (int64_t m = 0; m < M; ++m) {
+    const float weight = find(bins, K, y[m]).weight;
+    total += weight + (1 - weight);
+  }
+  const float factor = dloss * total / stats[1];
   by_whole_vectors(K, [&](int64_t i, IntVec) {
     store(out + i, exp(load(row.get() + i) - stats[0]) * factor);
   });
   if (out != dx) store_part(dx, load(narrow), K);
-  dx[place.below] -= dloss * place.weight;
-  dx[place.above] -= dloss * rest;
+  for (int64_t m = 0; m < M; ++m) {
+    const Place place = find(bins, K, y[m]);
+    dx[place.below] -= dloss * place.weight;
+    dx[place.above] -= dloss * (1 - place.weight);
+  }
 }
 
 template <int... lane>
@@ -132,16 +142,17 @@ float mean_row(const float* x, const float* bins, int64_t K) {
 
 void twohot_loss_rows(
     const float* logits, const float* y, const float* bins, float* loss, float* stats,
-    int64_t rows, int64_t K) {
+    int64_t M, int64_t rows, int64_t K) {
   for (int64_t i = 0; i < rows; ++i)
-    loss_row(logits + i * K, y[i], bins, loss + i, stats + 2 * i, K);
+    loss_row(logits + i * K, y + i * M, bins, loss + i, stats + 2 * i, M, K);
 }
 
 void twohot_loss_backward_rows(
     const float* dloss, const float* logits, const float* y, const float* bins, const float* stats,
-    float* dlogits, int64_t rows, int64_t K) {
+    float* dlogits, int64_t M, int64_t rows, int64_t K) {
   for (int64_t i = 0; i < rows; ++i)
-    backward_row(dloss[i], logits + i * K, y[i], bins, stats + 2 * i, dlogits + i * K, K);
+    backward_row(
+        dloss[i], logits + i * K, y + i * M, bins, stats + 2 * i, dlogits + i * K, M, K);
 }
 
 void twohot_mean_rows(
