@@ -29,8 +29,10 @@ lint: $(VENV)/.test  ## check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.test  ## measure the operators and append to bench/results/
+bench: $(VENV)/.test  ## measure operators and whole updates, append to bench/results/
 	$(VENV)/bin/python -m pytest bench/operators.py $(ARGS)
+	$(VENV)/bin/python -m bench.update --recipe 2023 --rivals installed
+	$(VENV)/bin/python -m bench.update --recipe 2025 --rivals installed --obs vector
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -28,8 +28,16 @@ def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
         device: the kind of device that the times are of, "cpu" or "cuda".
     """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
-    origin = {
+    path, common = RESULTS / f"{name}.jsonl", origin(device)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row | common) + "\n")
+    return path
+
+
+def origin(device: str = "cpu") -> dict[str, Any]:
+    """Where, with what and when results are made."""
+    return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -37,10 +45,6 @@ def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
         "command": command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row | origin) + "\n")
-    return path
 
 
 def device_name(device: str) -> str:
@@ -69,9 +73,10 @@ def commit() -> str:
 
 
 def command() -> str:
-    program = Path(sys.argv[0])
-    name = f"-m {program.parent.name}" if program.name == "__main__.py" else program.name
-    return " ".join(["python" if name.startswith("-m") else "", name, *sys.argv[1:]]).strip()
+    """The command line of this process."""
+    module = sys.modules["__main__"].__spec__
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
+    return " ".join([program, *sys.argv[1:]])
 
 
 def _git(*arguments: str) -> str:

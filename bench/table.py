@@ -41,6 +41,43 @@ def operators() -> str:
     return "\n".join(lines)
 
 
+def updates() -> str:
+    """The latest timing of each workload's updates, and of the rival in the same run."""
+    path = RESULTS / "updates.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    latest = {(row["workload"], row["device"], row["backend"]): row for row in rows}
+    if not latest:
+        return ""
+    lines = [
+        "| update | device | ours | fastest rival | ratio | times the floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (workload, device, _), row in latest.items():
+        lines.append(
+            f"| {workload} | {device}, {row['threads']} threads | {_seconds(row)} | "
+            f"{_fastest_rival(row)} | {row['floor_multiple']:.1f} |"
+        )
+    lines.append(
+        "\nOne update of 16 x 64 with horizon 15: medians, lowest to highest, in turns in one run; "
+        "the floor is its dense FLOPs at the matrix-product peak measured in that run "
+        "(`python -m bench.update --help`)."
+    )
+    return "\n".join(lines) + "\n\n"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['seconds']:.3g} s ({row['min_s']:.3g} to {row['max_s']:.3g}), {row['settings']}"
+
+
+def _fastest_rival(row: dict[str, Any]) -> str:
+    """Two cells: the rival and the ratio to it; dashes where none was in the run."""
+    if not row["rivals"]:
+        return "- | -"
+    name = min(row["rivals"], key=row["rivals"].get)
+    rival = row["rivals_at"][name]
+    return f"{name} {rival['version']}: {_seconds(rival)} | {row['ratio']:.1f} x"
+
+
 def learning() -> str:
     """One row for each learning run: what was trained, and the score beside random actions."""
     lines = [
@@ -72,7 +109,7 @@ def main() -> None:
     text = path.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    new = f"{before}{START}\n\n{learning()}\n\n{operators()}\n\n{END}{after}"
+    new = f"{before}{START}\n\n{learning()}\n\n{updates()}{operators()}\n\n{END}{after}"
     if "--check" in sys.argv[1:]:
         sys.exit(new != text and "README.md: results are not up to date: python -m bench.table")
     path.write_text(new)

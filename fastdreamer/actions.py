@@ -161,10 +161,16 @@ class BoundedNormal:
         return (self.mean + self.std * noise).detach()
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return torch.distributions.Normal(self.mean, self.std).log_prob(action).sum(-1)
+        return (
+            torch.distributions.Normal(self.mean, self.std, validate_args=False)
+            .log_prob(action)
+            .sum(-1)
+        )
 
     def entropy(self) -> Tensor:
-        return torch.distributions.Normal(self.mean, self.std).entropy().sum(-1)
+        return (
+            torch.distributions.Normal(self.mean, self.std, validate_args=False).entropy().sum(-1)
+        )
 
 
 class Policy:

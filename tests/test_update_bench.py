@@ -1,0 +1,151 @@
+"""``python -m bench.update``: options, gate, result, count of operations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import results, rivals, table, update
+from bench.workload import Workload
+from fastdreamer.cli import parse, run
+from fastdreamer.errors import UsageError, UserError
+from fastdreamer.kernels import resolve
+
+SHORT = ("--size", "debug", "--rounds", "2", "--threads", "1")
+
+
+def options(*args: str) -> update.Options:
+    return parse(update.Options, args, "bench.update", update.Options())
+
+
+@pytest.fixture
+def no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "gate", lambda *_: None)
+    monkeypatch.setattr(update, "PRODUCT", 64)
+
+
+@pytest.fixture
+def sleeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival in sheeprl's place that sleeps; one of its settings fails."""
+
+    def failing() -> None:
+        raise RuntimeError("no such\ninstruction")
+
+    makers = {
+        "slow": lambda: lambda: time.sleep(0.02),
+        "failing": failing,
+        "fast": lambda: lambda: time.sleep(0.005),
+    }
+    rival = SimpleNamespace(supports=lambda _: True, updates=lambda *_: makers)
+    monkeypatch.setattr(rivals, "load", lambda _: rival)
+    monkeypatch.setattr(rivals, "installed_version", lambda _: "1.0")
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--size", "1m"], "--size 1m: recipe 2023 has debug, xs, s"),
+            (["--recipe", "2025", "--size", "s"], "--size s: recipe 2025 has debug, 1m"),
+            (["--rounds", "0"], "--rounds must be at least 1"),
+            (["--threads", "-1"], "--threads must be at least 0"),
+            (["--json", "result.txt"], "must end in .json or .jsonl"),
+            (["--rivals", "sheeprl,dreamer"], "unknown 'dreamer', valid are sheeprl, torchrl"),
+            (["--rivals", "torchrl"], "torchrl has no learner of 2023 s image"),
+            (["--rivals", "sheeprl", "--size", "debug"], "sheeprl has no learner of 2023 debug"),
+            (["--recipe", "2024"], "2024"),
+            (["--rounnds", "2"], "did you mean --rounds"),
+        ],
+    )
+    def test_wrong_ones_are_named(self, args: list[str], message: str, monkeypatch) -> None:
+        monkeypatch.setattr(rivals, "installed", lambda: list(rivals.NAMES))
+        with pytest.raises(UsageError, match=message):
+            update.measure(options(*args))
+
+    def test_a_missing_rival_is_one_line_with_the_pip_command(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(rivals, "installed", list)
+        monkeypatch.setattr(sys, "argv", ["update", "--rivals", "sheeprl"])
+        with pytest.raises(SystemExit) as stopped:
+            run(update.main)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error == "error: --rivals: sheeprl is not installed: pip install 'sheeprl==0.8.4'\n"
+
+    def test_installed_takes_those_that_have_the_recipe(self, monkeypatch) -> None:
+        monkeypatch.setattr(rivals, "installed", lambda: list(rivals.NAMES))
+        chosen = options("--rivals", "installed")
+        assert update.chosen(chosen, Workload("2023", "s", "image")) == ["sheeprl"]
+        assert update.chosen(chosen, Workload("2025", "1m", "vector")) == ["sheeprl", "torchrl"]
+
+
+class TestGate:
+    def test_no_time_is_given_when_the_golden_tests_fail(self, monkeypatch) -> None:
+        failed = subprocess.CompletedProcess([], 1, "1 failed in 2 s\n", "")
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+        monkeypatch.setattr(update.Clock, "start", lambda *_: pytest.fail("was timed"))
+        with pytest.raises(UserError, match=r"no time is given.*2023.*reference.*1 failed"):
+            update.measure(options(*SHORT, "--backend", "reference"))
+
+    @pytest.mark.parametrize("recipe", ["2023", "2025"])
+    def test_it_runs_the_recipes_golden_tests(self, recipe: str, monkeypatch) -> None:
+        commands: list[list[str]] = []
+        done = subprocess.CompletedProcess([], 0, "", "")
+        monkeypatch.setattr(subprocess, "run", lambda c, **_: commands.append(c) or done)
+        update.gate(recipe, resolve("reference"))
+        (command,) = commands
+        folder = Path(command[command.index("--golden") + 1])
+        assert (folder / "manifest.json").exists() and folder.name.startswith(f"v{recipe}")
+        assert command[-2:] == ["--backend", "reference"]
+
+
+@pytest.mark.usefixtures("no_gate")
+class TestResult:
+    def test_of_ours_alone(self, tmp_path: Path, monkeypatch, capsys) -> None:
+        file = tmp_path / "result.json"
+        recorded = results.RESULTS / "updates.jsonl"
+        before = recorded.read_bytes() if recorded.exists() else None
+        argv = ["update", *SHORT, "--no-record", "--json", str(file)]
+        monkeypatch.setattr(sys, "argv", argv)
+        update.main()
+        (line,) = file.read_text().splitlines()
+        row = json.loads(line)
+        assert row["min_s"] <= row["seconds"] <= row["max_s"] and row["first_call_s"] > 0
+        assert row["rivals"] == {} and row["ratio"] is None
+        assert row["floor_multiple"] == pytest.approx(row["seconds"] / row["floor_s"])
+        assert row["batch"] == [16, 64] and row["horizon"] == 15 and row["threads"] == 1
+        assert f"{row['floor_multiple']:.2f} times" in capsys.readouterr().out
+        assert (recorded.read_bytes() if recorded.exists() else None) == before
+
+    @pytest.mark.usefixtures("sleeper")
+    def test_beside_a_rival_at_its_fastest_setting(self, tmp_path, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(results, "RESULTS", tmp_path)
+        monkeypatch.setattr(table, "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["update", *SHORT, "--rivals", "sheeprl"])
+        update.main()
+        row = json.loads((tmp_path / "updates.jsonl").read_text())
+        rival = row["rivals_at"]["sheeprl"]
+        assert rival["settings"] == "fast" and rival["version"] == "1.0"
+        assert rival["tried"]["failing"] == "RuntimeError: no such"
+        assert row["rivals"]["sheeprl"] == rival["seconds"] >= 0.005
+        assert row["ratio"] == pytest.approx(rival["seconds"] / row["seconds"])
+        assert "sheeprl (fast)" in capsys.readouterr().out
+        assert (
+            "| sheeprl 1.0: " in table.updates() and f"| {row['ratio']:.1f} x |" in table.updates()
+        )
+
+
+class TestWorkload:
+    @pytest.mark.parametrize(("recipe", "obs"), [("2023", "image"), ("2025", "vector")])
+    def test_operations_are_those_of_a_real_update(self, recipe: str, obs: str) -> None:
+        workload = Workload(recipe, "debug", obs)
+        real = workload.update(resolve("reference"))
+        with FlopCounterMode(display=False) as counter:
+            real()
+        assert workload.flops() == counter.get_total_flops() > 0
