@@ -80,10 +80,12 @@ def write_video(
         return
     import imageio.v3 as iio
 
-    with iio.imopen(path, "w", plugin="pyav") as file:
+    encoded = io.BytesIO()  # a file that imageio cannot close on a full disk costs a traceback
+    with iio.imopen(encoded, "w", plugin="pyav", extension=".mp4") as file:
         file.init_video_stream("libx264", fps=fps)
         for frame in shown:
             file.write_frame(frame)
+    path.write_bytes(encoded.getvalue())
 
 
 def _write_gif(
