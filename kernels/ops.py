@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, unimix
-from .gru_step import block_gru_step, gru_step
+from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
 from .lambda_return import lambda_return
 from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
@@ -35,8 +35,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
-    "gru_step": {"reference": gru_step},
-    "block_gru_step": {"reference": block_gru_step},
+    "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
+    "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
     "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
     "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
     "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},
