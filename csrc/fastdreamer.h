@@ -27,6 +27,7 @@ enum fd_error {
   FD_ERROR_SIZE = 2,
   FD_ERROR_DTYPE = 3,
   FD_ERROR_ISA = 4,
+  FD_ERROR_INDEX = 5,
 };
 
 enum fd_dtype {
@@ -157,6 +158,32 @@ FD_API int32_t fd_latent_gather(
 FD_API int32_t fd_latent_scatter(
     const float* dy, const int32_t* index, float* dtable, int64_t N, int64_t S, int64_t K,
     int64_t O, int32_t dtype, void* stream);
+
+/* A recurrent cell behind its input layers, over a state (rows, D) and an input x (rows, U);
+ * G = blocks. */
+typedef struct fd_gru {
+  int32_t cell;
+  float eps;
+  int64_t deter, inputs, blocks;
+  const float* hidden_weight; /* (G, D / G + U, D / G), state first; blocks only */
+  const float* hidden_bias;   /* (D,); blocks only */
+  const float* gate_weight;   /* (3 D, D + U), or (G, D / G, 3 D / G) with blocks */
+  const float* gate_bias;     /* (3 D,); blocks only */
+  const float* scale;         /* (3 D,) of the gates' norm, or (D,) of the hidden layer's */
+  const float* shift;         /* (3 D,) or null */
+} fd_gru;
+
+/* One step: next (rows, D). hidden (rows, D; blocks only) and gates (rows, 3 D) are kept for the
+ * backward pass, as in fd_observe. */
+FD_API int32_t fd_gru_step(
+    const fd_gru* cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
+    float* next);
+
+/* Gradients of h, x, hidden and gates from dnext; what of the weights follows is one product. dnorm
+ * (6 D, or 2 D with blocks): of the norm's scale, then of its shift. */
+FD_API int32_t fd_gru_step_backward(
+    const fd_gru* cell, int64_t rows, const float* h, const float* hidden, const float* gates,
+    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm);
 
 /* Lambda returns of N rows over T steps; all tensors (N, T):
  *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import library
+from .library import Arguments
+from .register import register
 
 
 def gru_step(
@@ -68,3 +76,223 @@ def block_gru_step(
 def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     """G products side by side: (..., G, I), (G, I, O) -> (..., G, O)."""
     return torch.einsum("...gi,gio->...go", x, weight)
+
+
+def gru_step_cpp(
+    h: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-3
+) -> Tensor:
+    """`gru_step` by the C++ library, in float32; other types are served by the reference."""
+    if h.dtype != torch.float32:
+        return gru_step(h, x, weight, scale, shift, eps)
+    return _by_rows(torch.ops.fastdreamer.gru_step, h, x, weight, scale, shift, eps)
+
+
+def block_gru_step_cpp(
+    h: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    scale: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    eps: float = 1e-4,
+) -> Tensor:
+    """`block_gru_step` by the C++ library, in float32; other types are served by the reference."""
+    weights = (hidden_weight, hidden_bias, scale, gate_weight, gate_bias)
+    if h.dtype != torch.float32:
+        return block_gru_step(h, x, *weights, eps)
+    return _by_rows(torch.ops.fastdreamer.block_gru_step, h, x, *weights, eps)
+
+
+def _by_rows(operator: Callable, h: Tensor, x: Tensor, *weights_and_eps: Any) -> Tensor:
+    """Over all leading dimensions, which h and x share."""
+    if h.ndim == x.ndim == 2:
+        return operator(h, x, *weights_and_eps)[0]
+    if h.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"gru_step: h {tuple(h.shape)} and x {tuple(x.shape)} differ in rows")
+    rows = (t.reshape(h.shape[:-1].numel(), t.shape[-1]) for t in (h, x))
+    return operator(*rows, *weights_and_eps)[0].reshape(h.shape)
+
+
+_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class CGRU(Arguments):
+    """``fd_gru``."""
+
+    _fields_: ClassVar = [
+        ("cell", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        *((k, _SIZE) for k in ("deter", "inputs", "blocks")),
+        *((k, _POINTER) for k in ("hidden_weight", "hidden_bias", "gate_weight", "gate_bias")),
+        *((k, _POINTER) for k in ("scale", "shift")),
+    ]
+
+
+FWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 5)
+BWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 9)
+GRU = "Tensor weight, Tensor scale, Tensor shift"
+BLOCK_GRU = (
+    "Tensor hidden_weight, Tensor hidden_bias, Tensor scale, Tensor gate_weight, Tensor gate_bias"
+)
+
+
+def _c_gru(h: Tensor, x: Tensor, weights: Sequence[Tensor], eps: float) -> Any:
+    sizes = {"eps": eps, "deter": h.shape[1], "inputs": x.shape[1]}
+    if len(weights) == 3:
+        weight, scale, shift = weights
+        return CGRU.of(cell=0, blocks=1, gate_weight=weight, scale=scale, shift=shift, **sizes)
+    hidden_weight, hidden_bias, scale, gate_weight, gate_bias = weights
+    return CGRU.of(
+        cell=1,
+        blocks=hidden_weight.shape[0],
+        hidden_weight=hidden_weight,
+        hidden_bias=hidden_bias,
+        scale=scale,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        **sizes,
+    )
+
+
+def _check(h: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Both cells: the block cell has five weights, the other three."""
+    name = "gru_step" if len(weights) == 3 else "block_gru_step"
+    if h.ndim != 2 or x.ndim != 2 or len(h) != len(x) or not h.shape[1] or not x.shape[1]:
+        got = f"{tuple(h.shape)}, {tuple(x.shape)}"
+        raise ValueError(f"{name}: h must be (B, D) and x (B, U), D and U > 0, got {got}")
+    deter, inputs = h.shape[1], x.shape[1]
+    norm = (3 * deter,)
+    expected: tuple[tuple[int, ...], ...] = ((3 * deter, deter + inputs), norm, norm)
+    if len(weights) == 5:
+        blocks = max(1, weights[0].shape[0])
+        width = deter // blocks
+        first, last = (blocks, width + inputs, width), (blocks, width, 3 * width)
+        expected = (first, (deter,), (deter,), last, norm)
+    shapes = tuple(tuple(w.shape) for w in weights)
+    if shapes != expected:
+        raise ValueError(f"{name}: weights must be {expected}, got {shapes}")
+    tensors = (h, x, *weights)
+    if any(t.dtype != torch.float32 for t in tensors):
+        dtypes = ", ".join(str(t.dtype) for t in tensors)
+        raise TypeError(f"{name}: all must be torch.float32, got {dtypes}")
+    if devices := {t.device for t in tensors} - {h.device}:
+        raise ValueError(f"{name}: inputs on {h.device} and {devices.pop()}")
+
+
+def _fake(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
+    """The next state, the hidden layer before its norm (blocks only), the gates."""
+    *weights, _eps = weights_and_eps
+    _check(h, x, weights)
+    (rows, deter), blocks = h.shape, len(weights) == 5
+    widths = (deter, deter, 3 * deter) if blocks else (deter, 3 * deter)
+    return tuple(h.new_empty(rows, width) for width in widths)
+
+
+def _cpu(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
+    outputs = _fake(h, x, *weights_and_eps)
+    *weights, eps = weights_and_eps
+    h, x, *weights = (t.contiguous() for t in (h, x, *weights))
+    next_, *hidden, gates = outputs
+    library.function("fd_gru_step", FWD_SIGNATURE)(
+        ctypes.byref(_c_gru(h, x, weights, eps)),
+        len(h),
+        h.data_ptr(),
+        x.data_ptr(),
+        hidden[0].data_ptr() if hidden else None,
+        gates.data_ptr(),
+        next_.data_ptr(),
+    )
+    return outputs
+
+
+def _fake_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients of h, x, the hidden layer (blocks only), the gates; of the norm's parameters."""
+    kept = rest[5:-1] if len(rest) == 8 else rest[3:-1]
+    if dnext.shape != h.shape or dnext.dtype != h.dtype:
+        shapes = f"{tuple(dnext.shape)} {dnext.dtype}, {tuple(h.shape)} {h.dtype}"
+        raise ValueError(f"gru_step: dnext and h differ: {shapes}")
+    norm = 2 * kept[0].shape[1]
+    return (*(t.new_empty(t.shape) for t in (h, x, *kept)), h.new_empty(norm))
+
+
+def _cpu_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads = _fake_backward(dnext, h, x, *rest)
+    *tensors, eps = rest
+    dnext, h, x, *tensors = (t.contiguous() for t in (dnext, h, x, *tensors))
+    weights, kept = (tensors[:5], tensors[5:]) if len(rest) == 8 else (tensors[:3], tensors[3:])
+    dh, dx, *dkept, dnorm = grads
+    hidden, dhidden = (kept[0].data_ptr(), dkept[0].data_ptr()) if len(kept) == 2 else (None, None)
+    library.function("fd_gru_step_backward", BWD_SIGNATURE)(
+        ctypes.byref(_c_gru(h, x, weights, eps)),
+        len(h),
+        h.data_ptr(),
+        hidden,
+        kept[-1].data_ptr(),
+        dnext.data_ptr(),
+        dh.data_ptr(),
+        dx.data_ptr(),
+        dhidden,
+        dkept[-1].data_ptr(),
+        dnorm.data_ptr(),
+    )
+    return grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, dnext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    h, x = saved[:2]
+    dh, dx, dgates, dnorm = torch.ops.fastdreamer.gru_step_backward(dnext, *saved, ctx.eps)
+    dscale, dshift = dnorm.chunk(2)
+    return dh, dx, dgates.T @ torch.cat([h, x], 1), dscale, dshift, None
+
+
+def _block_backward(ctx: Any, dnext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    h, x, hidden_weight, _hidden_bias, scale, _gate_weight, _gate_bias, hidden, _gates = saved
+    operator = torch.ops.fastdreamer.block_gru_step_backward
+    dh, dx, dhidden, dgates, dnorm = operator(dnext, *saved, ctx.eps)
+    z = F.silu(F.rms_norm(hidden, scale.shape, scale, ctx.eps))
+    blocks = hidden_weight.shape[0]
+    dweight, dbias, *dlast = block_weight_gradients(h, x, z, dhidden, dgates, blocks)
+    return dh, dx, dweight, dbias, dnorm.chunk(2)[0], *dlast, None
+
+
+def block_weight_gradients(
+    h: Tensor, x: Tensor, z: Tensor, dhidden: Tensor, dgates: Tensor, blocks: int
+) -> list[Tensor]:
+    """Gradients of a block cell's hidden weight and bias, and gate weight and bias.
+
+    Args:
+        h: (N, D). x: (N, U). z: (N, D) input of the gates. dhidden: (N, D). dgates: (N, 3 D).
+    """
+
+    def by_block(value: Tensor) -> Tensor:  # (N, G I) -> (G, N, I)
+        return value.unflatten(1, (blocks, -1)).transpose(0, 1)
+
+    by_state = torch.bmm(by_block(h).mT, by_block(dhidden))
+    by_input = (x.T @ dhidden).unflatten(1, (blocks, -1)).transpose(0, 1)
+    dgate_weight = torch.bmm(by_block(z).mT, by_block(dgates))
+    return [torch.cat([by_state, by_input], 1), dhidden.sum(0), dgate_weight, dgates.sum(0)]
+
+
+def _register(name: str, weights: str, kept: str, backward: Callable) -> None:
+    """``kept``: names of what a step keeps for its backward pass, behind its next state."""
+    tensors, grads = (", ".join(f"Tensor {mark}{k}" for k in kept.split()) for mark in ("", "d"))
+    schema = f"(Tensor h, Tensor x, {weights}, float eps) -> (Tensor next, {tensors})"
+    backward_schema = (
+        f"(Tensor dnext, Tensor h, Tensor x, {weights}, {tensors}, float eps) -> "
+        f"(Tensor dh, Tensor dx, {grads}, Tensor dnorm)"
+    )
+    register(name, schema, _cpu, _fake, (_setup_context, backward))
+    register(f"{name}_backward", backward_schema, _cpu_backward, _fake_backward)
+
+
+_register("gru_step", GRU, "gates", _backward)
+_register("block_gru_step", BLOCK_GRU, "hidden gates", _block_backward)

@@ -66,6 +66,19 @@ def matrix(x: Tensor) -> tuple[int, ctypes.Array[ctypes.c_int64]]:
     return x.data_ptr(), (ctypes.c_int64 * x.ndim)(*x.stride())
 
 
+class Arguments(ctypes.Structure):
+    """A C structure of sizes and tensors, filled from keywords."""
+
+    @classmethod
+    def of(cls, **values: Any) -> Any:
+        """Tensors become their addresses; they must be contiguous and outlive the call."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous(), name
+                values[name] = value.data_ptr()
+        return cls(**values)
+
+
 ISAS = ("portable", "avx2", "avx512")  # as in csrc/fastdreamer.h
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, unimix
-from .gru_step import block_gru_step, gru_step
+from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
 from .lambda_return import lambda_return
 from .latent_linear import latent_linear, latent_linear_cpp
 from .norm_act import norm_act
@@ -37,8 +37,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
     "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
-    "gru_step": {"reference": gru_step},
-    "block_gru_step": {"reference": block_gru_step},
+    "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
+    "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
     "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
     "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
     "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from . import library
+from .library import Arguments
 from .rssm_weights import (
     MAX_BLOCKS,
     MAX_HEADS,
     MAX_LAYERS,
-    Arguments,
     CLayer,
     CModel,
     Layer,
     RSSMWeights,
     c_layer,
     c_model,
+    check_shapes,
+    check_weights,
+    contiguous,
     drawn,
+    layer_shapes,
 )
 from .unimix import sample, unimix
 
@@ -131,6 +135,8 @@ def rssm_imagine_cpp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rssm_imagine` by the C++ library, in float32.
 
+    Raises ValueError for shapes that do not fit, TypeError for inputs of several types.
+
     Other types, and models beyond the library's limits (8 layers, 64 blocks, 32 parts of an
     action), are served by the reference.
     """
@@ -141,6 +147,8 @@ def rssm_imagine_cpp(
     )
     if deter.dtype != torch.float32 or not fits:
         return rssm_imagine(weights, policy, deter, stoch, noise, action_noise)
+    _check(weights, policy, deter, stoch, noise, action_noise)
+    weights = contiguous(weights)
     rows, horizon = noise.shape[:2]
     starts = [x.contiguous() for x in (deter, drawn(stoch), noise, action_noise)]
     feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
@@ -169,3 +177,33 @@ def rssm_imagine_cpp(
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
     return feat, index, actions
+
+
+def _check(
+    weights: RSSMWeights,
+    policy: PolicyWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    action_noise: Tensor,
+) -> None:
+    (rows, width), (latent, horizon) = deter.shape, (weights.initial_stoch.shape, noise.shape[1])
+    actions = sum(head[0].weight.shape[0] for head in policy.heads)
+    expected = {
+        "deter": (deter, (rows, *weights.initial_deter.shape)),
+        "stoch": (stoch, (rows, *latent)),
+        "noise": (noise, (rows, horizon, *latent)),
+        "action_noise": (action_noise, (rows, horizon + 1, actions)),
+    }
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"rssm_imagine: {name} must be {shape}, got {tuple(x.shape)}")
+        if x.dtype != torch.float32:
+            raise TypeError(f"rssm_imagine: {name} must be torch.float32, got {x.dtype}")
+    check_weights("rssm_imagine", weights, actions, weights.prior)
+    shapes = layer_shapes(policy.layers, width + weights.initial_stoch.numel())
+    for head in policy.heads:
+        for layer in head:
+            shapes += layer_shapes([layer], policy.layers[-1].weight.shape[0])
+            shapes.append((layer.weight, tuple(head[0].weight.shape)))
+    check_shapes("rssm_imagine", shapes)

@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
+from .gru_step import block_weight_gradients
+from .library import Arguments
 from .register import register
 from .rssm_weights import (
-    Arguments,
     BlockGRUWeights,
     GRUWeights,
     Layer,
     RSSMWeights,
     c_model,
+    check_weights,
+    contiguous,
     drawn,
 )
 from .unimix import sample
@@ -235,17 +238,16 @@ def _check(
         "start_index": (start_index, (rows, stoch)),
         "action": (action, (rows, steps, action.shape[-1])),
         "embedded": (embedded, (rows, steps, units)),
-        "noise": (noise, (rows, steps, stoch, noise.shape[-1])),
+        "noise": (noise, (rows, steps, *weights.initial_stoch.shape)),
+        "initial_index": (initial_index, (weights.initial_stoch.shape[0],)),
     }
     for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise ValueError(f"rssm_observe: {name} must be {shape}, got {tuple(x.shape)}")
-    named = [*((k, x) for k, (x, _) in expected.items())]
-    named += [(f"weight {i}", x) for i, x in enumerate(_flatten(weights))]
-    for name, x in named:
-        dtype = torch.int32 if name == "start_index" else torch.float32
+        dtype = torch.int32 if name.endswith("index") else torch.float32
         if x.dtype != dtype:
             raise TypeError(f"rssm_observe: {name} must be {dtype}, got {x.dtype}")
+    check_weights("rssm_observe", weights, action.shape[-1], weights.posterior)
 
 
 def _cpu(
@@ -264,7 +266,7 @@ def _cpu(
     embedded, noise = embedded.contiguous(), noise.contiguous()
     arguments: list[Any] = [*starts[:4], embedded, starts[4], noise, eps, mix]
     outputs = _fake(tensors, *arguments)
-    weights = _contiguous(_unflatten(tensors, noise.shape[-1], eps, mix))
+    weights = contiguous(_unflatten(tensors, noise.shape[-1], eps, mix))
     scan = _scan(weights, starts, outputs)
     scan.embedded, scan.noise = embedded.data_ptr(), noise.data_ptr()
     model = c_model(weights, action.shape[-1], weights.posterior)
@@ -272,13 +274,6 @@ def _cpu(
     _deter, stoch, _logp, index, *_ = outputs
     stoch.zero_().scatter_(-1, index.long().unsqueeze(-1), 1.0)
     return outputs
-
-
-def _contiguous(weights: RSSMWeights) -> RSSMWeights:
-    """Weights as the library takes them: only the columns of a layer may be part of more."""
-    cell = weights.cell
-    parts = (x.contiguous() if isinstance(x, Tensor) else x for x in cell)
-    return weights._replace(cell=type(cell)(*parts))  # type: ignore[arg-type]
 
 
 def _scan(weights: RSSMWeights, starts: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
@@ -342,7 +337,7 @@ def _cpu_backward(tensors: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     grads = _fake_backward(tensors, *args)
     *inputs, ddeter, dstoch, dlogp, eps, mix = args
     start_deter, start_index, initial_index, action, is_first, deter, logp, *kept = inputs
-    weights = _contiguous(_unflatten(tensors, logp.shape[-1], eps, mix))
+    weights = contiguous(_unflatten(tensors, logp.shape[-1], eps, mix))
     starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
     scan = _scan(weights, starts, (deter, deter, logp, *kept))
     incoming = [x.contiguous() for x in (ddeter, dstoch, dlogp)]
@@ -452,7 +447,6 @@ def _block_gradients(
     """Gradients of the block cell's weights and biases, without the norms' scales."""
     before, drawn_before, action = last
     action = action / action.abs().clamp(min=1)
-    blocks = cell.hidden.shape[0]
     layers = (cell.deter, cell.stoch, cell.action)
     grads, parts = [], []
     for layer, x, source, dx in zip(
@@ -460,17 +454,9 @@ def _block_gradients(
     ):
         parts.append(layer.activate(x, eps))
         grads += [dx.T @ source, dx.sum(0)]
-    x = torch.cat(parts, 1)
-
-    def by_block(value: Tensor) -> Tensor:  # (N, G I) -> (G, N, I)
-        return value.unflatten(1, (blocks, -1)).transpose(0, 1)
-
-    by_state = torch.bmm(by_block(before).mT, by_block(dhidden))
-    by_input = (x.T @ dhidden).unflatten(1, (blocks, -1)).transpose(0, 1)
     z = F.silu(F.rms_norm(hidden, cell.scale.shape, cell.scale, eps))
-    dgate_weight = torch.bmm(by_block(z).mT, by_block(dgates))
-    grads += [torch.cat([by_state, by_input], 1), dhidden.sum(0), dgate_weight, dgates.sum(0)]
-    return grads
+    x = torch.cat(parts, 1)
+    return grads + block_weight_gradients(before, x, z, dhidden, dgates, cell.hidden.shape[0])
 
 
 register("rssm_observe", SCHEMA, _cpu, _fake, (_setup_context, _backward))

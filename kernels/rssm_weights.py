@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,67 @@ def drawn(stoch: Tensor) -> Tensor:
     return torch.where(value > 0, index, -1).to(torch.int32)
 
 
+def layer_shapes(layers: Sequence[Layer], inputs: int) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Every tensor of layers behind one another over ``inputs``, with the shape it must have."""
+    shapes: list[tuple[Tensor, tuple[int, ...]]] = []
+    for weight, *vectors in layers:
+        outputs = weight.shape[0]
+        shapes.append((weight, (outputs, inputs)))
+        shapes += [(x, (outputs,)) for x in vectors if x is not None]
+        inputs = outputs
+    return shapes
+
+
+def _cell_shapes(
+    cell: GRUWeights | BlockGRUWeights, deter: int, latent: int, action: int
+) -> list[tuple[Tensor, tuple[int, ...]]]:
+    if isinstance(cell, GRUWeights):
+        units = cell.input.weight.shape[0]
+        norm = [(x, (3 * deter,)) for x in (cell.scale, cell.shift)]
+        gates = (cell.gates, (3 * deter, deter + units))
+        return [*layer_shapes([cell.input], latent + action), gates, *norm]
+    units, blocks = cell.stoch.weight.shape[0], cell.hidden.shape[0]
+    width = deter // blocks
+    shapes = [
+        (cell.hidden, (blocks, width + 3 * units, width)),
+        (cell.gates, (blocks, width, 3 * width)),
+        (cell.hidden_bias, (deter,)),
+        (cell.scale, (deter,)),
+        (cell.gate_bias, (3 * deter,)),
+    ]
+    for layer, inputs in ((cell.deter, deter), (cell.stoch, latent), (cell.action, action)):
+        shapes += layer_shapes([layer], inputs)
+    return shapes
+
+
+def check_weights(operator: str, weights: RSSMWeights, action: int, head: Sequence[Layer]) -> None:
+    """What reads the weights by their addresses relies on.
+
+    Raises ValueError for a weight whose shape does not fit the others', TypeError for one that is
+    not float32; the message starts with ``operator``.
+    """
+    deter, latent = weights.initial_deter.shape[0], weights.initial_stoch.numel()
+    shapes = _cell_shapes(weights.cell, deter, latent, action) + layer_shapes(head, deter)
+    shapes.append((head[-1].weight, (latent, head[-1].weight.shape[1])))
+    check_shapes(operator, shapes)
+
+
+def check_shapes(operator: str, shapes: Sequence[tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Raise as `check_weights` does."""
+    for x, shape in shapes:
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{operator}: a weight must be {shape}, got {tuple(x.shape)}")
+        if x.dtype != torch.float32:
+            raise TypeError(f"{operator}: weights must be torch.float32, got {x.dtype}")
+
+
+def contiguous(weights: RSSMWeights) -> RSSMWeights:
+    """Weights as the library takes them: only the columns of a layer may be part of more."""
+    cell = weights.cell
+    parts = (x.contiguous() if isinstance(x, Tensor) else x for x in cell)
+    return weights._replace(cell=type(cell)(*parts))  # type: ignore[arg-type]
+
+
 MAX_LAYERS, MAX_BLOCKS, MAX_HEADS = 8, 64, 64
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -142,6 +203,7 @@ def c_layer(layer: Layer) -> CLayer:
     """The layer's pointers; valid while its tensors live."""
     weight, *others = layer
     assert weight.stride(1) == 1 or weight.shape[1] == 1
+    assert all(x is None or x.is_contiguous() for x in others)
     pointers = (None if x is None else x.data_ptr() for x in others)
     return CLayer(weight.data_ptr(), *pointers, weight.shape[1], weight.shape[0], weight.stride(0))
 
@@ -177,16 +239,3 @@ def c_model(weights: RSSMWeights, action: int, head: Sequence[Layer]) -> CModel:
     model.hidden_weight, model.hidden_bias = cell.hidden.data_ptr(), cell.hidden_bias.data_ptr()
     model.gate_bias = cell.gate_bias.data_ptr()
     return model
-
-
-class Arguments(ctypes.Structure):
-    """A C structure of sizes and tensors, filled from keywords."""
-
-    @classmethod
-    def of(cls, **values: Any) -> Any:
-        """Tensors become their addresses; they must be contiguous and outlive the call."""
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                assert value.is_contiguous(), name
-                values[name] = value.data_ptr()
-        return cls(**values)

@@ -255,6 +255,21 @@ def test_observe_refuses_shapes(cpp, cell, position, name):
 
 
 @cells
+def test_observe_refuses_classes_and_weights(cpp, cell):
+    tensors, start, index, *rest = flat_arguments(cell)
+    operator = torch.ops.fastdreamer.rssm_observe
+    for wrong in (-2, SHAPES[0][4]):
+        with pytest.raises(RuntimeError, match="index of a class"):
+            operator(tensors, start, torch.full_like(index, wrong), *rest)
+    for i in range(len(tensors) - 1):  # the last is the initial state: every shape hangs on it
+        spoilt = [*tensors[:i], tensors[i][..., :-1], *tensors[i + 1 :]]
+        with pytest.raises(ValueError, match="must be"):
+            operator(spoilt, start, index, *rest)
+    with pytest.raises(TypeError, match="weights must be"):
+        operator([tensors[0].double(), *tensors[1:]], start, index, *rest)
+
+
+@cells
 def test_observe_refuses_dtypes(cpp, cell):
     draw = Draw()
     weights, scan = make_weights(draw, cell, SHAPES[0]), make_scan(draw, SHAPES[0])
@@ -327,6 +342,33 @@ def test_imagine_does_not_depend_on_threads(cpp, threads, cell):
         results.append(rssm_imagine_cpp(*arguments))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@cells
+@pytest.mark.parametrize(
+    ("position", "name"), [(2, "deter"), (3, "stoch"), (4, "noise"), (5, "action_noise")]
+)
+def test_imagine_refuses_shapes_and_dtypes(cpp, cell, position, name):
+    arguments = [*imagine_arguments(cell, SHAPES[0], "dc", torch.float32)]
+    right = arguments[position]
+    arguments[position] = right[..., :-1]
+    with pytest.raises(ValueError, match=f"rssm_imagine: {name} must be"):
+        rssm_imagine_cpp(*arguments)
+    arguments[position] = right.half()
+    if position > 2:
+        with pytest.raises(TypeError, match=f"rssm_imagine: {name} must be"):
+            rssm_imagine_cpp(*arguments)
+
+
+@cells
+def test_imagine_refuses_weights(cpp, cell):
+    weights, policy, *rest = imagine_arguments(cell, SHAPES[0], "dc", torch.float32)
+    narrow = policy.layers[0]._replace(scale=policy.layers[0].scale[:-1])
+    with pytest.raises(ValueError, match="a weight must be"):
+        rssm_imagine_cpp(weights, policy._replace(layers=(narrow, *policy.layers[1:])), *rest)
+    wide = weights.cell._replace(gates=weights.cell.gates.double())
+    with pytest.raises(TypeError, match="weights must be"):
+        rssm_imagine_cpp(weights._replace(cell=wide), policy, *rest)
 
 
 def test_imagine_float64_is_the_reference(cpp):

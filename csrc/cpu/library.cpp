@@ -10,6 +10,7 @@ const char* fd_error_string(int32_t error) {
     case FD_ERROR_SIZE: return "a size is out of range";
     case FD_ERROR_DTYPE: return "this dtype is not supported";
     case FD_ERROR_ISA: return "this processor lacks the instruction set";
+    case FD_ERROR_INDEX: return "the index of a class is out of range";
     default: return "unknown error code";
   }
 }

@@ -1,4 +1,5 @@
 // The scans of the recurrent state-space model at the C boundary; the work is in simd/.
+#include "gru.h"
 #include "isa.h"
 #include "tensor.h"
 
@@ -10,29 +11,35 @@ FD_DECLARE(void rssm_imagine(const fd_rssm&, const fd_imagine&))
 
 namespace {
 
-constexpr int64_t kMaxBlocks = 64, kMaxLayers = 8, kMaxHeads = 64;
+constexpr int64_t kMaxLayers = 8, kMaxHeads = 64;
 
 bool is_layer(const fd_layer& layer, int64_t inputs, int64_t outputs) {
   return layer.inputs == inputs && layer.outputs == outputs && layer.stride >= inputs;
 }
 
+bool is_share(float mix) { return mix >= 0 && mix <= 1; }
+
+// Whether all are classes, or -1 for none.
+bool are_classes(const int32_t* index, int64_t count, int64_t classes) {
+  bool valid = true;
+  for (int64_t i = 0; i < count; ++i) valid &= index[i] >= -1 && index[i] < classes;
+  return valid;
+}
+
 int32_t check_model(const fd_rssm& m) {
+  if (int32_t error = check_gru(gru_of(m))) return error;
+  if (m.stoch < 1 || m.classes < 1 || m.action < 1 || m.head_layers < 1 ||
+      m.head_layers > kMaxLayers || !is_share(m.mix))
+    return FD_ERROR_SIZE;
   const bool blocks = m.cell == FD_CELL_BLOCK_GRU;
-  if (!blocks && m.cell != FD_CELL_GRU) return FD_ERROR_SIZE;
-  if (m.deter < 1 || m.stoch < 1 || m.classes < 1 || m.action < 1 || m.hidden < 1 || m.blocks < 1)
-    return FD_ERROR_SIZE;
-  if (m.blocks > kMaxBlocks || m.deter % m.blocks || m.head_layers < 1 ||
-      m.head_layers > kMaxLayers || (!blocks && m.blocks != 1))
-    return FD_ERROR_SIZE;
   if (!is_layer(m.in_stoch, m.stoch * m.classes, m.hidden) ||
       !is_layer(m.in_action, m.action, m.hidden) ||
       (blocks && !is_layer(m.in_deter, m.deter, m.hidden)))
     return FD_ERROR_SIZE;
-  if (any_null({m.in_stoch.weight, m.in_stoch.scale, m.in_action.weight, m.gate_weight, m.cell_scale}))
+  if (any_null({m.in_stoch.weight, m.in_stoch.scale, m.in_action.weight}))
     return FD_ERROR_NULL_POINTER;
   if (blocks && any_null({m.in_stoch.bias, m.in_action.bias, m.in_action.scale, m.in_deter.weight,
-                          m.in_deter.bias, m.in_deter.scale, m.hidden_weight, m.hidden_bias,
-                          m.gate_bias}))
+                          m.in_deter.bias, m.in_deter.scale}))
     return FD_ERROR_NULL_POINTER;
   return FD_OK;
 }
@@ -64,12 +71,15 @@ int32_t check_observe(const fd_rssm* model, const fd_observe* scan) {
                            scan->noise, scan->deter, scan->index, scan->logp, scan->inputs,
                            scan->gates, scan->posterior}))
     return FD_ERROR_NULL_POINTER;
+  if (!are_classes(scan->start_index, scan->B * model->stoch, model->classes) ||
+      !are_classes(scan->initial_index, model->stoch, model->classes))
+    return FD_ERROR_INDEX;
   return FD_OK;
 }
 
 int32_t check_imagine(const fd_rssm& model, const fd_imagine& args) {
   if (args.N < 0 || args.H < 0 || args.policy_layers < 1 || args.policy_layers > kMaxLayers ||
-      args.parts < 1 || args.parts > kMaxHeads / 2)
+      args.parts < 1 || args.parts > kMaxHeads / 2 || !is_share(args.policy_mix))
     return FD_ERROR_SIZE;
   if (any_null({args.policy, args.part_sizes, args.discrete, args.heads})) return FD_ERROR_NULL_POINTER;
   const int64_t latent = model.stoch * model.classes;
@@ -91,6 +101,7 @@ int32_t check_imagine(const fd_rssm& model, const fd_imagine& args) {
                 args.action}) ||
       (args.H > 0 && !args.noise))
     return FD_ERROR_NULL_POINTER;
+  if (!are_classes(args.start_index, args.N * model.stoch, model.classes)) return FD_ERROR_INDEX;
   return FD_OK;
 }
 

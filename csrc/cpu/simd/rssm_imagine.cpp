@@ -117,14 +117,14 @@ class Rollout {
       Rows<float> y, Rows<float> logp) const {
     Rows<const float> from{deter.data, deter.stride};
     for (int64_t i = 0; i < model_.head_layers; ++i) {
-      const Rows<float> to = i % 2 ? y : x;
+      const Rows<float> to{(i % 2 ? y : x).data, model_.head[i].outputs};
       prior_.product(i, M, from, to);
       prior_.activate(i, M, to);
       from = {to.data, to.stride};
     }
+    unimix_rows(from.data, logp.data, 0, M * model_.stoch, model_.classes, model_.mix);
     for (int64_t m = 0; m < M; ++m) {
       const float* noise = args_.noise + ((begin + m) * args_.H + t) * latent_;
-      unimix_rows(from[m], logp[m], model_.stoch, model_.classes, model_.mix);
       draw_latents(model_, logp[m], noise, index[m]);
     }
   }
@@ -144,28 +144,28 @@ class Rollout {
       x = y, y = swap;
     }
     for (int64_t part = 0, head = 0, at = 0; part < args_.parts; at += args_.part_sizes[part++]) {
+      const int64_t n = args_.part_sizes[part];
       const bool discrete = args_.discrete[part];
-      raw(head, M, x, y, 0);
-      if (!discrete) raw(head + 1, M, x, y, args_.part_sizes[part]);
-      head += discrete ? 1 : 2;
+      const Rows<float> raw{y.data, discrete ? n : 2 * n};
+      product(head++, M, x, raw);
+      if (!discrete) product(head++, M, x, {raw.data + n, raw.stride});
+      else unimix_rows(raw.data, raw.data, 0, M, n, args_.policy_mix);
       for (int64_t m = 0; m < M; ++m) {
         const float* noise =
             args_.action_noise + ((begin + m) * (args_.H + 1) + t) * model_.action + at;
-        if (discrete) draw_action(y[m], noise, action[m] + at, args_.part_sizes[part]);
-        else normal_action(y[m], noise, action[m] + at, args_.part_sizes[part]);
+        if (discrete) draw_action(raw[m], noise, action[m] + at, n);
+        else normal_action(raw[m], noise, action[m] + at, n);
       }
     }
   }
 
-  void raw(int64_t head, int64_t M, Rows<float> x, Rows<float> y, int64_t at) const {
-    const Rows<float> to{y.data + at, y.stride};
+  void product(int64_t head, int64_t M, Rows<float> x, Rows<float> to) const {
     start_rows(to, args_.heads[head].bias, M, args_.heads[head].outputs);
     gemm(M, x.data, x.stride, heads_[head], to.data, to.stride, true);
   }
 
-  void draw_action(float* logits, const float* noise, float* action, int64_t n) const {
-    unimix_row(logits, logits, n, args_.policy_mix);
-    const int32_t drawn = draw(logits, noise, n);
+  static void draw_action(const float* logp, const float* noise, float* action, int64_t n) {
+    const int32_t drawn = draw(logp, noise, n);
     for (int64_t i = 0; i < n; ++i) action[i] = i == drawn;
   }
 

@@ -78,7 +78,7 @@ void forward_rows(
     gemm(M, x.data, U, out, logits.data, latent, true);
     for (int64_t m = 0; m < M; ++m) {
       float* logp = at.rows(scan.logp, latent)[m];
-      unimix_rows(logits[m], logp, S, model.classes, model.mix);
+      unimix_rows(logits[m], logp, 0, S, model.classes, model.mix);
       draw_latents(model, logp, at.rows(scan.noise, latent)[m], at.rows(scan.index, S)[m]);
     }
   }
@@ -111,14 +111,13 @@ void step_backward(
       const Vec p = exp(load_some(logp + i, c));
       store_some(dlogits[m] + i, dlogp + load_some(dstoch[m] + i, c) * p, c);
     });
-    for (int64_t s = 0; s < latent; s += K)
-      unimix_row_backward(logp + s, dlogits[m] + s, dlogits[m] + s, K, model.mix);
+    unimix_rows_backward(dlogits[m], logp, dlogits[m], 0, model.stoch, K, model.mix);
     add(at.rows(pass.grad.ddeter, D)[m], carry[m], D);
     copy(at.last_deter(m), h[m], D);
   }
   gemm(M, dlogits.data, dlogits.stride, pass.out, dx.data, U);
   const Norm norm = norm_of(model, model.head[0].scale, model.head[0].shift);
-  float* posterior_norm = dnorm + 2 * (input_width(model) + cell_width(model));
+  float* posterior_norm = dnorm + 2 * (input_width(model) + cell_width(gru_of(model)));
   const Rows<float> dbefore = at.rows(pass.grad.dposterior, U);
   for (int64_t m = 0; m < M; ++m)
     norm_row_backward<true>(
@@ -139,7 +138,7 @@ void step_backward(
 }
 
 int64_t norm_size(const fd_rssm& model) {
-  return 2 * (input_width(model) + cell_width(model) + model.hidden);
+  return 2 * (input_width(model) + cell_width(gru_of(model)) + model.hidden);
 }
 
 // sums: norm_size for dnorm, then D for dinitial, both starting at 0.

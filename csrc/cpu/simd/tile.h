@@ -4,47 +4,10 @@
 #define FASTDREAMER_CPU_SIMD_TILE_H
 
 #include "gemm.h"
+#include "lanes.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
-
-template <int... lane>
-struct Lanes {};
-template <int count, int... lane>
-struct LanesBelow : LanesBelow<count - 1, count - 1, lane...> {};
-template <int... lane>
-struct LanesBelow<0, lane...> {
-  typedef Lanes<lane...> type;
-};
-
-// Element l of the result is element lane[l] of a, or lane[l] - kLanes of b.
-template <int... lane>
-static inline Vec shuffle(Vec a, Vec b, Lanes<lane...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, lane...);
-#else
-  return __builtin_shuffle(a, b, IntVec{lane...});
-#endif
-}
-
-// Exchanges the blocks of `step` elements that lie off the diagonal.
-template <int step, int... lane>
-static inline void swap_blocks(Vec& a, Vec& b, Lanes<lane...>) {
-  const Vec low = shuffle(a, b, Lanes<((lane & step) ? kLanes + lane - step : lane)...>());
-  b = shuffle(a, b, Lanes<((lane & step) ? kLanes + lane : lane + step)...>());
-  a = low;
-}
-
-// Transposes the squares of `size` by `size`, a power of two, that lie side by side in `size`
-// vectors.
-template <int size, int step = 1>
-static inline void transpose(Vec* v) {
-  if constexpr (step < size) {
-    for (int i = 0; i < size; ++i)
-      if (!(i & step)) swap_blocks<step>(v[i], v[i | step], typename LanesBelow<kLanes>::type());
-    transpose<size, 2 * step>(v);
-  }
-}
 
 // kLanes rows of `size` contiguous elements, size <= kLanes, to element k of every row in v[k]. The
 // squares leave the rows in another order, which the last shuffle undoes.
@@ -66,8 +29,6 @@ static inline void write_narrow(float* x, Vec* v, Lanes<lane...>) {
   transpose<size>(v);
   for (int i = 0; i < size; ++i) store(x + i * kLanes, v[i]);
 }
-
-typedef LanesBelow<kLanes>::type AllLanes;
 
 class Tile {
  public:

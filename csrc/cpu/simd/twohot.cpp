@@ -3,8 +3,7 @@
 //   loss = -sum weight logp,  dlogits = dloss (softmax - weight),  mean = sum p b
 #include <math.h>
 
-#include "columns.h"
-#include "vec.h"
+#include "lanes.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
@@ -113,8 +112,8 @@ void backward_row(
 }
 
 template <int... lane>
-inline Vec reversed(Vec x, Indices<lane...>) {
-  return FD_SHUFFLE(x, x, (kLanes - 1 - lane)...);
+inline Vec reversed(Vec x, Lanes<lane...>) {
+  return shuffle(x, x, Lanes<(kLanes - 1 - lane)...>());
 }
 
 // Over pairs of symmetric bins, so that equal logits give exactly 0.
@@ -131,7 +130,7 @@ float mean_row(const float* x, const float* bins, int64_t K) {
     return sum(total) / s.sum;
   }
   by_whole_vectors(half, [&](int64_t i, IntVec fresh) {
-    const Vec low = reversed(load(x + half - i - kLanes), typename CountTo<kLanes>::type{});
+    const Vec low = reversed(load(x + half - i - kLanes), AllLanes());
     const Vec pair = exp(load(upper + i) - s.max) - exp(low - s.max);
     total += fresh ? pair * load(positions + i) : Vec{};
   });

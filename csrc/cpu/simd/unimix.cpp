@@ -1,12 +1,13 @@
 // Categoricals of K classes, kLanes rows at a time. p = exp(logp) throughout.
+#include "unimix.h"
+
 #include "tile.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
 
-// vec.h's functions where it matters that e^x underflows to 0 and that ln NaN is NaN.
+// exp where it matters that e^x underflows to 0.
 static inline Vec probability(Vec logp) { return logp < -87.33654f ? Vec{} : exp(logp); }
-static inline Vec logarithm(Vec x) { return x == x ? log(x) : x; }
 
 // Calls body(first row, number of rows) over begin .. end - 1, kLanes rows at a time.
 template <typename Body>
@@ -28,10 +29,10 @@ void unimix_rows(
       total += e;
       if (mix != 0) tile.set(k, e);
     }
-    const Vec scale = (1.0f - mix) / total, log_total = best + logarithm(total);
+    const Vec scale = (1.0f - mix) / total, log_total = best + log(total);
     for (int64_t k = 0; k < K; ++k) {
       const Vec v = tile.get(k);
-      tile.set(k, mix != 0 ? logarithm(v * scale + floor) : v - log_total);
+      tile.set(k, mix != 0 ? log(v * scale + floor) : v - log_total);
     }
     tile.write(logp + row * K, rows);
   });

@@ -1,0 +1,197 @@
+// The recurrent cells behind their input layers: forward and backward of one step.
+#ifndef FASTDREAMER_CPU_SIMD_GATES_H
+#define FASTDREAMER_CPU_SIMD_GATES_H
+
+#include "gemm.h"
+#include "gru.h"
+#include "norm.h"
+#include "rows.h"
+
+namespace fastdreamer {
+namespace FD_ISA {
+
+// Units of the cell's norm.
+static inline int64_t cell_width(const fd_gru& cell) {
+  return cell.cell == FD_CELL_GRU ? 3 * cell.deter : cell.deter;
+}
+static inline Norm norm_of(const fd_gru& cell) {
+  return {cell.scale, cell.shift, cell.cell == FD_CELL_GRU, cell.eps};
+}
+
+// next = u tanh(r c) + (1 - u) h with r, c, u = sigmoid(reset), cand, sigmoid(update - 1); the
+// gates of each of G groups of D / G units lie behind one another.
+static inline void apply_gates(
+    const float* gates, const float* h, float* next, int64_t D, int64_t groups) {
+  const int64_t width = D / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float *reset = gates + 3 * g * width, *cand = reset + width, *update = cand + width;
+    by_vectors(width, [&](int64_t i, int c) {
+      const Vec u = sigmoid(load_some(update + i, c) - 1.0f);
+      const Vec value = tanh(sigmoid(load_some(reset + i, c)) * load_some(cand + i, c));
+      const Vec old = load_some(h + g * width + i, c);
+      store_some(next + g * width + i, u * value + (1.0f - u) * old, c);
+    });
+  }
+}
+
+// dgates and dh from dnext.
+static inline void apply_gates_backward(
+    const float* gates, const float* h, const float* dnext, float* dgates, float* dh, int64_t D,
+    int64_t groups) {
+  const int64_t width = D / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = 3 * g * width;
+    by_vectors(width, [&](int64_t i, int n) {
+      const Vec r = sigmoid(load_some(gates + at + i, n)), c = load_some(gates + at + width + i, n);
+      const Vec u = sigmoid(load_some(gates + at + 2 * width + i, n) - 1.0f), value = tanh(r * c);
+      const Vec d = load_some(dnext + g * width + i, n), old = load_some(h + g * width + i, n);
+      const Vec inner = d * u * (1.0f - value * value);
+      store_some(dgates + at + i, inner * c * r * (1.0f - r), n);
+      store_some(dgates + at + width + i, inner * r, n);
+      store_some(dgates + at + 2 * width + i, d * (value - old) * u * (1.0f - u), n);
+      store_some(dh + g * width + i, d * (1.0f - u), n);
+    });
+  }
+}
+
+// The weights behind the input layers, packed for the forward pass.
+class Gates {
+ public:
+  explicit Gates(const fd_gru& cell) : cell_(cell) {
+    const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
+    if (cell.cell == FD_CELL_GRU) {
+      state_[0] = Packed(cell.gate_weight, D, 3 * D, 1, D + U);
+      input_[0] = Packed(cell.gate_weight + D, U, 3 * D, 1, D + U);
+      return;
+    }
+    for (int64_t g = 0; g < cell.blocks; ++g) {
+      const float* hidden = cell.hidden_weight + g * (width + U) * width;
+      state_[g] = Packed(hidden, width, width, width, 1);
+      input_[g] = Packed(hidden + width * width, U, width, width, 1);
+      gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, width, 3 * width, 3 * width, 1);
+    }
+  }
+
+  // Floats of scratch for M rows.
+  int64_t scratch(int64_t M) const {
+    return cell_.deter * (cell_.cell == FD_CELL_GRU ? 3 : M);
+  }
+
+  // next (M, D) from h (M, D) and x (M, U); hidden (M, D; blocks only) and gates (M, 3 D) are what
+  // the backward pass needs, see fd_observe.
+  void step(
+      int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> hidden, Rows<float> gates,
+      Rows<float> next, float* scratch) const {
+    if (cell_.cell == FD_CELL_GRU) gru(M, h, x, gates, next, scratch);
+    else block_gru(M, h, x, hidden, gates, next, scratch);
+  }
+
+ private:
+  void gru(
+      int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> gates, Rows<float> next,
+      float* scratch) const {
+    const int64_t D = cell_.deter;
+    gemm(M, h.data, h.stride, state_[0], gates.data, gates.stride);
+    gemm(M, x.data, x.stride, input_[0], gates.data, gates.stride, true);
+    for (int64_t m = 0; m < M; ++m) {
+      norm_row<false>(norm_of(cell_), gates[m], scratch, 3 * D);
+      apply_gates(scratch, h[m], next[m], D, 1);
+    }
+  }
+
+  void block_gru(
+      int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> hidden, Rows<float> gates,
+      Rows<float> next, float* scratch) const {
+    const int64_t D = cell_.deter, G = cell_.blocks, width = D / G;
+    start_rows(hidden, cell_.hidden_bias, M, D);
+    for (int64_t g = 0; g < G; ++g) {
+      float* part = hidden.data + g * width;
+      gemm(M, h.data + g * width, h.stride, state_[g], part, hidden.stride, true);
+      gemm(M, x.data, x.stride, input_[g], part, hidden.stride, true);
+    }
+    const Rows<float> z{scratch, D};
+    for (int64_t m = 0; m < M; ++m) norm_row<true>(norm_of(cell_), hidden[m], z[m], D);
+    start_rows(gates, cell_.gate_bias, M, 3 * D);
+    for (int64_t g = 0; g < G; ++g)
+      gemm(M, z.data + g * width, D, gates_[g], gates.data + 3 * g * width, gates.stride, true);
+    for (int64_t m = 0; m < M; ++m) apply_gates(gates[m], h[m], next[m], D, G);
+  }
+
+  fd_gru cell_;
+  Packed state_[kMaxBlocks], input_[kMaxBlocks], gates_[kMaxBlocks];
+};
+
+// The same weights, packed for the backward pass.
+class GatesGrad {
+ public:
+  explicit GatesGrad(const fd_gru& cell) : cell_(cell) {
+    const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
+    if (cell.cell == FD_CELL_GRU) {
+      state_[0] = Packed(cell.gate_weight, 3 * D, D, D + U, 1);
+      input_[0] = Packed(cell.gate_weight + D, 3 * D, U, D + U, 1);
+      return;
+    }
+    for (int64_t g = 0; g < cell.blocks; ++g) {
+      const float* hidden = cell.hidden_weight + g * (width + U) * width;
+      state_[g] = Packed(hidden, width, width, 1, width);
+      input_[g] = Packed(hidden + width * width, width, U, 1, width);
+      gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, 3 * width, width, 1, 3 * width);
+    }
+  }
+
+  int64_t scratch(int64_t M) const {
+    return cell_.deter * (cell_.cell == FD_CELL_GRU ? 3 : M);
+  }
+
+  // dhidden, dgates and dh from dnext (M, D); adds to dx (M, U) and to dnorm, the scale and behind
+  // it the shift of the cell's norm.
+  void step(
+      int64_t M, Rows<const float> h, Rows<const float> hidden, Rows<const float> gates,
+      Rows<const float> dnext, Rows<float> dhidden, Rows<float> dgates, Rows<float> dh,
+      Rows<float> dx, float* dnorm, float* scratch) const {
+    if (cell_.cell == FD_CELL_GRU) gru(M, h, gates, dnext, dgates, dh, dx, dnorm, scratch);
+    else block_gru(M, h, hidden, gates, dnext, dhidden, dgates, dh, dx, dnorm, scratch);
+  }
+
+ private:
+  void gru(
+      int64_t M, Rows<const float> h, Rows<const float> gates, Rows<const float> dnext,
+      Rows<float> dgates, Rows<float> dh, Rows<float> dx, float* dnorm, float* scratch) const {
+    const int64_t D = cell_.deter;
+    const Norm norm = norm_of(cell_);
+    for (int64_t m = 0; m < M; ++m) {
+      norm_row<false>(norm, gates[m], scratch, 3 * D);
+      apply_gates_backward(scratch, h[m], dnext[m], dgates[m], dh[m], D, 1);
+      norm_row_backward<false>(norm, gates[m], dgates[m], dgates[m], dnorm, dnorm + 3 * D, 3 * D);
+    }
+    gemm(M, dgates.data, dgates.stride, state_[0], dh.data, dh.stride, true);
+    gemm(M, dgates.data, dgates.stride, input_[0], dx.data, dx.stride, true);
+  }
+
+  void block_gru(
+      int64_t M, Rows<const float> h, Rows<const float> hidden, Rows<const float> gates,
+      Rows<const float> dnext, Rows<float> dhidden, Rows<float> dgates, Rows<float> dh,
+      Rows<float> dx, float* dnorm, float* scratch) const {
+    const int64_t D = cell_.deter, G = cell_.blocks, width = D / G;
+    const Rows<float> dz{scratch, D};
+    for (int64_t m = 0; m < M; ++m)
+      apply_gates_backward(gates[m], h[m], dnext[m], dgates[m], dh[m], D, G);
+    for (int64_t g = 0; g < G; ++g)
+      gemm(M, dgates.data + 3 * g * width, dgates.stride, gates_[g], dz.data + g * width, D);
+    for (int64_t m = 0; m < M; ++m)
+      norm_row_backward<true>(norm_of(cell_), hidden[m], dz[m], dhidden[m], dnorm, nullptr, D);
+    for (int64_t g = 0; g < G; ++g) {
+      const float* part = dhidden.data + g * width;
+      gemm(M, part, dhidden.stride, state_[g], dh.data + g * width, dh.stride, true);
+      gemm(M, part, dhidden.stride, input_[g], dx.data, dx.stride, true);
+    }
+  }
+
+  fd_gru cell_;
+  Packed state_[kMaxBlocks], input_[kMaxBlocks], gates_[kMaxBlocks];
+};
+
+}  // namespace FD_ISA
+}  // namespace fastdreamer
+
+#endif

@@ -1,0 +1,53 @@
+// Exchanges of elements between the lanes of vectors, and transposes by them.
+#ifndef FASTDREAMER_CPU_SIMD_LANES_H
+#define FASTDREAMER_CPU_SIMD_LANES_H
+
+#include "vec.h"
+
+namespace fastdreamer {
+namespace FD_ISA {
+
+template <int... lane>
+struct Lanes {};
+template <int count, int... lane>
+struct LanesBelow : LanesBelow<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct LanesBelow<0, lane...> {
+  using type = Lanes<lane...>;
+};
+using AllLanes = LanesBelow<kLanes>::type;
+
+// Element l of the result is element lane[l] of a, or lane[l] - kLanes of b.
+template <int... lane>
+static inline Vec shuffle(Vec a, Vec b, Lanes<lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, IntVec{lane...});
+#endif
+}
+
+// Exchanges the blocks of `step` elements that lie off the diagonal.
+template <int step, int... lane>
+static inline void swap_blocks(Vec& a, Vec& b, Lanes<lane...>) {
+  const Vec low = shuffle(a, b, Lanes<((lane & step) ? kLanes + lane - step : lane)...>());
+  b = shuffle(a, b, Lanes<((lane & step) ? kLanes + lane : lane + step)...>());
+  a = low;
+}
+
+// Transposes the squares of `size` by `size`, a power of two, that lie side by side in `size`
+// vectors.
+template <int size, int step = 1>
+static inline void transpose(Vec* v) {
+  if constexpr (step < size) {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i)
+      if (!(i & step)) swap_blocks<step>(v[i], v[i | step], AllLanes());
+    transpose<size, 2 * step>(v);
+  }
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdreamer
+
+#endif

@@ -1,0 +1,40 @@
+// Rows of matrices, and what is done to them element by element.
+#ifndef FASTDREAMER_CPU_SIMD_ROWS_H
+#define FASTDREAMER_CPU_SIMD_ROWS_H
+
+#include "vec.h"
+
+namespace fastdreamer {
+namespace FD_ISA {
+
+// Rows of a matrix that lie `stride` elements apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+static inline void copy(const float* from, float* to, int64_t n) {
+  by_vectors(n, [&](int64_t i, int c) { store_some(to + i, load_some(from + i, c), c); });
+}
+static inline void add(const float* from, float* to, int64_t n) {
+  by_vectors(n, [&](int64_t i, int c) {
+    store_some(to + i, load_some(to + i, c) + load_some(from + i, c), c);
+  });
+}
+static inline void fill(float* to, float value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+// Starts rows of a product at their bias, or at 0.
+static inline void start_rows(Rows<float> to, const float* bias, int64_t M, int64_t n) {
+  for (int64_t m = 0; m < M; ++m) {
+    if (bias) copy(bias, to[m], n);
+    else fill(to[m], 0, n);
+  }
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdreamer
+
+#endif
