@@ -19,7 +19,7 @@ from fastdreamer import plot
 from fastdreamer.cli import parse, run
 from fastdreamer.errors import UsageError
 from fastdreamer.reference import Curve, official_curves, same_task
-from fastdreamer.video import check_output
+from fastdreamer.video import check_output, writing
 
 Points = tuple[np.ndarray, np.ndarray]
 
@@ -64,7 +64,8 @@ def compare(options: Options) -> dict[str, Any]:
     if not official:
         raise UsageError(f"there is no official curve of {config.task} in bench/reference/scores")
     drawn = plot.Options(options.runs, options.out, "steps", options.bins, reference=True)
-    plot.score_figure(logs, drawn).savefig(options.out)
+    with writing(options.out) as path:
+        plot.score_figure(logs, drawn).savefig(path)
     ours = [log.series("episode/score", "steps") for log in logs]
     result = {
         "task": config.task,
@@ -73,7 +74,8 @@ def compare(options: Options) -> dict[str, Any]:
         "official": {"recipe": official[0].recipe, "runs": len(official)},
         "points": points(ours, official, options.bins),
     }
-    options.out.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    with writing(options.out.with_suffix(".json")) as path:
+        path.write_text(json.dumps(result) + "\n")
     return result
 
 

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastdreamer.config import SIZES, Config
+from fastdreamer.loading import from_json
+from fastdreamer.plan import total_updates
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 START, END = "<!-- results: python -m bench.table -->", "<!-- end of results -->"
@@ -28,17 +32,21 @@ def operators() -> str:
     ]
     for (operator, pass_, shape), by in latest.items():
         times = {k: v["median_s"] * 1e6 for k, v in by.items()}
-        reference, compiled, cpp = (times[k] for k in ("reference", "compile(reference)", "cpp"))
-        lines.append(
-            f"| `{operator}` | {pass_} | {' x '.join(map(str, shape))} | {reference:.0f} us | "
-            f"{compiled:.0f} us | {cpp:.0f} us | {min(reference, compiled) / cpp:.1f} x |"
-        )
+        cells = [_microseconds(times.get(k)) for k in ("reference", "compile(reference)", "cpp")]
+        others = [v for k, v in times.items() if k != "cpp"]
+        ratio = f"{min(others) / times['cpp']:.1f} x" if others and "cpp" in times else "-"
+        size = " x ".join(map(str, shape))
+        lines.append(f"| `{operator}` | {pass_} | {size} | {' | '.join(cells)} | {ratio} |")
     last = rows[-1]
     lines.append(
         f"\nfloat32, medians, {last['device']}, PyTorch {last['versions']['torch']}; "
         "`make bench` measures again."
     )
     return "\n".join(lines)
+
+
+def _microseconds(time: float | None) -> str:
+    return "-" if time is None else f"{time:.0f} us"
 
 
 def updates() -> str:
@@ -88,10 +96,11 @@ def learning() -> str:
         config = json.loads((folder / "config.json").read_text())
         agent = json.loads((folder / "evaluation.json").read_text())
         chance = json.loads((folder / "random.json").read_text())
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        run = from_json(Config, config, "config.json")
+        widened = "" if run.model == SIZES[run.recipe][run.size] else " with networks of its own"
         lines.append(
-            f"| {config['task']} | {config['recipe']}, {config['size']} | {last['step']:,} | "
-            f"{last['updates']:,} (ratio {config['learner']['replay_ratio']:g}) | "
+            f"| {run.task} | {run.recipe}, {run.size}{widened} | {agent['step']:,} | "
+            f"{total_updates(run, agent['step']):,} (ratio {run.learner.replay_ratio:g}) | "
             f"{_score(agent)} | {_score(chance)} | "
             f"[plot]({(folder / 'score.png').relative_to(ROOT)}) |"
         )

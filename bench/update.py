@@ -28,7 +28,7 @@ from fastdreamer.errors import UsageError, UserError
 from fastdreamer.host import set_up_process
 from fastdreamer.kernels import Ops, resolve
 from fastdreamer.loading import choose_device
-from fastdreamer.video import check_output
+from fastdreamer.video import check_output, writing
 
 WARM_UP = 2  # updates after the first one
 TRIALS = 2  # updates that decide between a rival's settings
@@ -94,7 +94,8 @@ def main() -> None:
     result = measure(options)
     print(report(result))
     if options.json:
-        options.json.write_text(json.dumps(result | origin(result["device_kind"])) + "\n")
+        with writing(options.json) as path:
+            path.write_text(json.dumps(result | origin(result["device_kind"])) + "\n")
     if options.record:
         print(f"appended to {record('updates', [result], result['device_kind'])}")
 

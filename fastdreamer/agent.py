@@ -89,10 +89,6 @@ class Actor(nn.Module):
         layers = tuple(cast(Dense, block).weights() for block in self.mlp.hidden)
         return PolicyWeights(layers, outputs, self.deter_first, self.mix)
 
-    def sample(self, feat: Tensor, noise: Tensor) -> Tensor:
-        """Action vector (..., A) drawn with ``noise`` (..., A)."""
-        return self(feat).sample(noise)
-
 
 RESERVED = {"dyn", "rep", "cont", "reward", "policy", "value", "deter", "stoch", "step_id"}
 

@@ -30,7 +30,7 @@ class Logger:
         total: environment steps of the whole run.
         step: steps already done (a resumed run).
         elapsed: seconds already spent (a resumed run).
-        keep_bytes: what of an existing metrics.jsonl belongs to the run (a resumed run).
+        keep_bytes: what of an existing metrics.jsonl belongs to the run; None: all of it.
         log: which outputs are wanted.
         config: shown by Weights & Biases.
 
@@ -45,7 +45,7 @@ class Logger:
         total: int,
         step: int = 0,
         elapsed: float = 0.0,
-        keep_bytes: int = 0,
+        keep_bytes: int | None = 0,
         log: LogConfig | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -54,7 +54,8 @@ class Logger:
         self._wandb = _sync_wandb(log, logdir, config or {}) if log.wandb else None
         with self._writing():
             self._file = (logdir / "metrics.jsonl").open("ab", buffering=0)
-            self._file.truncate(min(keep_bytes, self._file.tell()))
+            if keep_bytes is not None:
+                self._file.truncate(min(keep_bytes, self._file.tell()))
             self._file.seek(0, os.SEEK_END)
         self._writer = None
         if log.tensorboard:

@@ -65,18 +65,19 @@ def published_score(task: str, recipe: str) -> Published | None:
 def official_curves(task: str, options: EnvOptions) -> list[Curve]:
     """The official learning curves of a task, one per seed; [] where none is known.
 
-    Those of DeepMind Control were already published in May 2023, with the code of recipe 2023.
+    Those of DeepMind Control from vectors were already published in May 2023, with the code of recipe 2023.
 
     Args:
         task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and DeepMind Control
-            (from vectors) are known.
+            (from vectors and, with ``options.dmc_images``, from images) are known.
         options: of our environments; the official curves count frames, ours the agent's steps.
     """
     game, control = atari_name(task), control_name(task)
     if game is not None:
         rows, frames, recipe = _rows("atari100k").get(f"atari{game}"), options.action_repeat, "2025"
     elif control is not None:
-        rows, frames, recipe = _rows("dmc_proprio").get(f"dmc{control}"), options.dmc_repeat, "2023"
+        suite, recipe = ("dmc_vision", "2025") if options.dmc_images else ("dmc_proprio", "2023")
+        rows, frames = _rows(suite).get(f"dmc{control}"), options.dmc_repeat
     else:
         return []
     return [

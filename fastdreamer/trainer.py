@@ -126,7 +126,7 @@ class Trainer:
                 config.steps,
                 self.step,
                 info.get("elapsed", 0.0),
-                info.get("metrics_bytes", 0),
+                info.get("metrics_bytes", None if saved else 0),
                 config.log,
                 to_json(config),
             )

@@ -44,10 +44,10 @@ def latent_linear(
         (..., O), equal to ``F.linear(feat, weight, bias)``.
 
     Raises:
-        ValueError: shapes that do not fit, or a gradient asked for ``feat``.
+        ValueError: shapes that do not fit, or ``feat`` requires a gradient.
     """
     _check(feat, index, weight, start, classes)
-    return F.linear(feat.detach(), weight, bias)
+    return F.linear(feat, weight, bias)
 
 
 def latent_linear_cpp(
@@ -56,13 +56,15 @@ def latent_linear_cpp(
     """`latent_linear` in C++ for float32; other types and few classes are the reference's."""
     if feat.dtype != torch.float32 or classes < FEWEST_CLASSES:
         return latent_linear(feat, index, weight, bias, start, classes)
-    rows = feat.detach().flatten(0, -2), index.flatten(0, -2)
+    rows = feat.flatten(0, -2), index.flatten(0, -2)
     y = torch.ops.fastdreamer.latent_linear(*rows, weight, start, classes)
     y = y if bias is None else y + bias
     return y.unflatten(0, feat.shape[:-1])
 
 
 def _check(feat: Tensor, index: Tensor, weight: Tensor, start: int, classes: int) -> None:
+    if feat.requires_grad:
+        raise ValueError("latent_linear has no gradient for feat: detach it")
     latent = index.shape[-1] * classes
     fits = start in (0, feat.shape[-1] - latent) and feat.shape[-1] >= latent
     if feat.shape[:-1] != index.shape[:-1] or weight.shape[1:] != feat.shape[-1:] or not fits:
@@ -138,8 +140,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    if ctx.needs_input_grad[0]:
-        raise RuntimeError("latent_linear has no gradient for feat: detach it")
     dweight = torch.ops.fastdreamer.latent_linear_backward(
         dy, *ctx.saved_tensors, ctx.start, ctx.classes
     )

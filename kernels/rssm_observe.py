@@ -231,6 +231,11 @@ def _check(
     is_first: Tensor,
     noise: Tensor,
 ) -> None:
+    if is_first.dtype != torch.bool or is_first.ndim != 2:
+        raise TypeError(
+            f"rssm_observe: is_first must be bool (B, T), got {is_first.dtype} "
+            f"{tuple(is_first.shape)}"
+        )
     (rows, steps), deter = is_first.shape, weights.initial_deter.shape[0]
     stoch, units = initial_index.shape[0], weights.posterior[0].weight.shape[0]
     expected = {

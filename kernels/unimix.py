@@ -27,7 +27,7 @@ def unimix(logits: Tensor, mix: float = 0.01) -> Tensor:
 
     Args:
         logits: (..., K) unnormalised, floating.
-        mix: weight of the uniform distribution, in [0, 1); 0 gives the plain log-softmax.
+        mix: weight of the uniform distribution, in [0, 1]; 0 gives the plain log-softmax.
 
     Returns:
         (..., K) log(mix / K + (1 - mix) softmax(logits)).

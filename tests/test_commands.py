@@ -417,6 +417,8 @@ class TestCurves:
         assert json.loads((tmp_path / "over.json").read_text()) == result
         assert result["runs"] == 2 and result["official"] == {"recipe": "2023", "runs": 5}
         official = reference.official_curves("dmc_reacher_easy", EnvOptions())
+        images = reference.official_curves("dmc_reacher_easy", EnvOptions(dmc_images=True))
+        assert (official[0].recipe, images[0].recipe) == ("2023", "2025")
         assert [point["step"] for point in result["points"]] == list(range(10_000, 80_001, 10_000))
         for i, point in enumerate(result["points"]):
             assert point["frames"] == 2 * point["step"]

@@ -116,6 +116,8 @@ def test_cpp_refuses_dtypes_and_gradients(cpp):
     feat, index, weight, bias, start, classes = make_inputs(SHAPES[0])
     with pytest.raises(TypeError, match=r"index must be torch\.int32"):
         latent_linear_cpp(feat, index.long(), weight, bias, start, classes)
+    with pytest.raises(ValueError, match="no gradient for feat"):
+        latent_linear_cpp(feat.clone().requires_grad_(), index, weight, bias, start, classes)
     with pytest.raises(RuntimeError, match="size is out of range"):
         latent_linear_cpp(feat, index + classes, weight, bias, start, classes)
 

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from fastdreamer.envs.base import EnvOptions, TaskError, fold, nearest
 from fastdreamer.envs.control import suite_name
-from fastdreamer.envs.gym import Factory
+from fastdreamer.envs.gym import FRAMES, Factory
 
 _CAMERAS = {"quadruped": 2}
 """Camera of a domain, where it is not the first."""
@@ -38,7 +38,8 @@ class ControlImages(gymnasium.Env[Any, Any]):
 
     def __init__(self, suite: Any, domain: str, task: str, size: int, repeat: int) -> None:
         self._suite, self._name = suite, (domain, task)
-        self._size, self.frames = size, repeat
+        self._size, self._repeat = size, repeat
+        self.metadata = {FRAMES: repeat}
         self._camera = _CAMERAS.get(domain, 0)
         self._env = suite.load(domain, task)
         action = self._env.action_spec()
@@ -62,7 +63,7 @@ class ControlImages(gymnasium.Env[Any, Any]):
         self, action: np.ndarray
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         reward = 0.0
-        for _ in range(self.frames):
+        for _ in range(self._repeat):
             now = self._env.step(action)
             reward += now.reward
             if now.last():

@@ -28,6 +28,8 @@ from fastdreamer.envs.observe import Observer
 Factory = Callable[[], gymnasium.Env[Any, Any]]
 LOGGED = "fastdreamer/logged"
 """Key of an info's numbers by name, which are logged beside the score where an episode ends."""
+FRAMES = "fastdreamer/frames"
+"""Key of an environment's metadata: frames that one of its steps takes, 1 where it is absent."""
 
 
 class GymEnv:
@@ -49,7 +51,7 @@ class GymEnv:
         env = self._envs[0]
         check_env(env)
         self.num_envs, self.is_atari = num_envs, False
-        self.frames: int = getattr(env.unwrapped, "frames", 1)
+        self.frames: int = env.unwrapped.metadata.get(FRAMES, 1)
         self.logged: list[dict[str, float]] = [{} for _ in range(num_envs)]
         self._space = env.action_space
         self.act_space = from_zero(self._space)
