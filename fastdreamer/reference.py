@@ -65,7 +65,8 @@ def published_score(task: str, recipe: str) -> Published | None:
 def official_curves(task: str, options: EnvOptions) -> list[Curve]:
     """The official learning curves of a task, one per seed; [] where none is known.
 
-    Those of DeepMind Control from vectors were already published in May 2023, with the code of recipe 2023.
+    Those of DeepMind Control from vectors were already published in May 2023, with the code of
+    recipe 2023.
 
     Args:
         task: as :func:`fastdreamer.envs.make_envs` takes it. Atari games and DeepMind Control
