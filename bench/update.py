@@ -240,10 +240,11 @@ class Clock:
                 seconds = min(self.time(contender.update) for _ in range(TRIALS))
             except Exception as error:  # whatever a rival raises rules out this setting alone
                 tried[settings] = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"{name}, {settings}: {tried[settings]}")
+                _progress(name, settings, str(tried[settings]))
                 continue
             tried[settings] = seconds
-            print(f"{name}, {settings}: {seconds:.4g} s, first call {contender.first_call:.3g} s")
+            first = f"first call {contender.first_call:.3g} s"
+            _progress(name, settings, f"{seconds:.4g} s, {first}")
             if seconds < fastest:
                 best, fastest = contender, seconds
         if best is None:
@@ -268,6 +269,10 @@ class Clock:
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _progress(name: str, settings: str, text: str) -> None:
+    print(f"{name} ({settings}): {text}", flush=True)
 
 
 def ratio(ours: Contender, others: Sequence[Contender]) -> float | None:
