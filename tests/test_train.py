@@ -339,11 +339,13 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     wait_until(lambda: list(path.parent.glob(path.name)), process)
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.stdout.read().decode())
         time.sleep(0.01)
 
 
