@@ -46,6 +46,12 @@ ROWS = {
     "heads": (16384, 64),
     "convolution": (16 * 64 * 32 * 32, 24),
 }
+# N (1 + H), D, S, K, units of the heads on imagined states, by size.
+FEATURES = {
+    "2023-xs": (16384, 256, 32, 32, 256),
+    "2023-s": (16384, 512, 32, 32, 512),
+    "2025-12m": (16384, 2048, 32, 16, 256),
+}
 BINS = {"replay": (1024, 255), "imagination": (16384, 255)}
 PASSES = ("forward", "forward+backward")
 # PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
@@ -103,6 +109,17 @@ def norm_act_inputs(kind: str, shape: tuple[int, int]) -> list[Any]:
     x, scale = torch.randn(shape, generator=g), torch.rand(shape[1], generator=g)
     shift = torch.randn(shape[1], generator=g).requires_grad_() if kind == "layer" else None
     return [x.requires_grad_(), scale.requires_grad_(), shift, kind, 1e-3]
+
+
+def latent_linear_inputs(shape: tuple[int, ...]) -> list[Any]:
+    rows, deter, stoch, classes, outputs = shape
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(classes, (rows, stoch), generator=g, dtype=torch.int32)
+    onehot = (index.unsqueeze(-1) == torch.arange(classes)).float().flatten(1)
+    feat = torch.cat([torch.randn(rows, deter, generator=g), onehot], 1)
+    weight = torch.randn(outputs, feat.shape[1], generator=g).requires_grad_()
+    bias = torch.randn(outputs, generator=g).requires_grad_()
+    return [feat, index, weight, bias, deter, classes]
 
 
 def twohot_inputs(name: str, shape: tuple[int, int]) -> list[Any]:
@@ -213,6 +230,13 @@ def bench_norm_act(benchmark, kind, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key = (f"norm_act {kind}", pass_, backend, shape)
     measure(benchmark, run, key, norm_act_inputs(kind, shape), 10, tolerance=SUM_TOLERANCE)
+
+
+@in_turns(FEATURES)
+def bench_latent_linear(benchmark, backend, pass_, shape, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    key, inputs = ("latent_linear", pass_, backend, shape), latent_linear_inputs(shape)
+    measure(benchmark, run, key, inputs, 5, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(BINS)

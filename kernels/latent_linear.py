@@ -25,7 +25,7 @@ class Latents(NamedTuple):
 
 
 FEWEST_CLASSES = 16
-"""With fewer, the product that the rows replace is so cheap that it is faster."""
+"""With fewer, the product that the rows replace costs no more than they do."""
 
 
 def latent_linear(
