@@ -46,18 +46,6 @@ def operator(cpp):
     return cpp.agc_laprop
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request, cpp) -> str:
-    """Each instruction set that the processor has, in use during the test."""
-    before = library.isa()
-    try:
-        library.set_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.set_isa(before)
-
-
 def test_equals_the_reference(operator, isa):
     lists = inputs_of()
     torch.testing.assert_close(
@@ -111,12 +99,11 @@ def test_non_contiguous_tensors(operator, which):
         torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
-def test_repeats_bit_for_bit_on_any_number_of_threads(operator):
-    before, runs = torch.get_num_threads(), []
+def test_repeats_bit_for_bit_on_any_number_of_threads(operator, threads):
+    runs = []
     for count in (1, 2, 2):
-        torch.set_num_threads(count)
+        threads(count)
         runs.append(steps(operator, inputs_of()))
-    torch.set_num_threads(before)
     for other in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
 

@@ -61,18 +61,6 @@ def results(operator, inputs: list[Tensor]) -> list[Tensor]:
     return [*(y.detach() for y in outputs), *torch.autograd.grad(total, leaves)]
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request, cpp) -> str:
-    """Each instruction set that the processor has, in use during the test."""
-    before = library.isa()
-    try:
-        library.set_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    library.set_isa(before)
-
-
 @operators
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(cpp, isa, name, shape):
@@ -161,13 +149,6 @@ def test_non_contiguous_inputs(cpp, name):
         inputs[0].requires_grad_()
     for x, y in zip(*(results(with_mix(cpp, name), z) for z in (views, copies)), strict=True):
         assert torch.equal(x, y)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @operators
