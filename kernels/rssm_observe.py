@@ -18,6 +18,7 @@ from .gru_step import block_weight_gradients
 from .library import Arguments
 from .register import register
 from .rssm_weights import (
+    MAX_BLOCKS,
     BlockGRUWeights,
     GRUWeights,
     Layer,
@@ -102,8 +103,11 @@ def rssm_observe_cpp(
     is_first: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rssm_observe` by the C++ library, in float32; other types are served by the reference."""
-    if embedded.dtype != torch.float32:
+    """`rssm_observe` by the C++ library, in float32.
+
+    Other types, and cells of more than 64 blocks, are served by the reference.
+    """
+    if embedded.dtype != torch.float32 or weights.blocks > MAX_BLOCKS:
         return rssm_observe(weights, start_deter, start_stoch, action, embedded, is_first, noise)
     return torch.ops.fastdreamer.rssm_observe(
         _flatten(weights),

@@ -140,6 +140,13 @@ def test_observe_gradients(isa, cell, shape):
         )
 
 
+def test_more_blocks_than_the_library_takes(cpp):
+    shape, draw = (2, 2, 130, 2, 4, 2, 3, 65), Draw()
+    weights, scan = make_weights(draw, "block_gru", shape), make_scan(draw, shape)
+    pairs = zip(rssm_observe_cpp(weights, *scan), rssm_observe(weights, *scan), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
 @cells
 def test_observe_float64_is_the_reference(cpp, cell):
     draw = Draw(torch.float64)
