@@ -54,6 +54,9 @@ FEATURES = {
 }
 BINS = {"replay": (1024, 255), "imagination": (16384, 255)}
 PASSES = ("forward", "forward+backward")
+# B, D, U, G of both cells; by recipe the size whose weights the scans have.
+STEPS = {"replay": (16, 512, 64, 8), "imagination": (1024, 512, 64, 8)}
+SCANS = {"2025": "1m", "2023": "xs"}
 # PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
 # Sums over rows cancel, and so do means over bins.
 SUM_TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
@@ -141,11 +144,71 @@ def categorical_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
     return [logp, noise if name == "sample" else logq]
 
 
+def atari_agent(recipe: str, size: str) -> Agent:
+    torch.manual_seed(0)
+    spaces = {"image": Box(0, 255, (64, 64, 3), np.uint8)}, Discrete(18)
+    return Agent(*spaces, SIZES[recipe][size], RECIPES[recipe], REFERENCE)
+
+
+def gru_step_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    B, D, U, G = shape
+    width = D // G
+    vectors = [(D,), (D,), (G, width, 3 * width), (3 * D,)]
+    weights = [(G, width + U, width), *vectors] if name == "block_gru_step" else []
+    sizes = [(B, D), (B, U), *(weights or [(3 * D, D + U), (3 * D,), (3 * D,)])]
+    return [(torch.randn(s, generator=g) / s[-1] ** 0.5).requires_grad_() for s in sizes]
+
+
+def leaves(tree: Any) -> Any:
+    """The same tuples with a leaf of its own, with gradient, for each tensor."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone().requires_grad_()
+    if isinstance(tree, tuple):
+        parts = map(leaves, tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    if isinstance(tree, list | tuple):
+        return [x for part in tree for x in tensors_of(part)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def clear_noise(*shape: int) -> Tensor:
+    """Gumbel noise so wide that rounding does not change what is drawn."""
+    g = torch.Generator().manual_seed(0)
+    return -50 * torch.empty(shape).exponential_(generator=g).log()
+
+
+@cache
+def observe_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
+    agent = atari_agent(recipe, SCANS[recipe])
+    rssm, g = agent.world_model.rssm, torch.Generator().manual_seed(0)
+    weights = leaves(rssm.weights())
+    start = torch.zeros(rows, rssm.deter), torch.zeros(rows, *rssm.latent)
+    action = torch.eye(18)[torch.randint(18, (rows, steps), generator=g)]
+    units = weights.posterior[0].weight.shape[0]
+    embedded = torch.randn(rows, steps, units, generator=g).requires_grad_()
+    first = torch.rand(rows, steps, generator=g) < 0.01
+    return [weights, *start, action, embedded, first, clear_noise(rows, steps, *rssm.latent)]
+
+
+@cache
+def imagine_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
+    agent = atari_agent(recipe, SCANS[recipe])
+    rssm = agent.world_model.rssm
+    weights, policy = leaves(rssm.weights()), leaves(agent.actor.weights())
+    start = torch.zeros(rows, rssm.deter), torch.zeros(rows, *rssm.latent)
+    noise = clear_noise(rows, steps, *rssm.latent), clear_noise(rows, steps + 1, 18)
+    return [weights, policy, *start, *noise]
+
+
 @cache
 def agc_laprop_inputs(size: str) -> list[Any]:
     """Parameters, gradients and moments of an Atari agent of recipe 2025, and the scalars."""
-    spaces = {"image": Box(0, 255, (64, 64, 3), np.uint8)}, Discrete(18)
-    agent = Agent(*spaces, SIZES["2025"][size], RECIPES["2025"], REFERENCE)
+    agent = atari_agent("2025", size)
     params = [p.data for p in agent.parameters() if p.requires_grad]
     g = torch.Generator().manual_seed(0)
     grads, nu, mu = ([torch.randn(p.shape, generator=g) for p in params] for _ in range(3))
@@ -163,9 +226,10 @@ def forward(operator: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
 
 def forward_backward(operator: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
     outputs = outputs_of(operator(*inputs))
-    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    wanted = [x for x in tensors_of(inputs) if x.requires_grad]
     loss = torch.stack([y.square().sum() for y in outputs]).sum()
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, wanted)]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return [*(y.detach() for y in outputs), *grads]
 
 
 @cache
@@ -252,6 +316,33 @@ def bench_twohot(benchmark, name, backend, pass_, shape, round_):
 def bench_categorical(benchmark, name, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     measure(benchmark, run, (name, pass_, backend, shape), categorical_inputs(name, shape))
+
+
+@in_turns(STEPS)
+@pytest.mark.parametrize("name", ["gru_step", "block_gru_step"])
+def bench_gru_step(benchmark, name, backend, pass_, shape, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    key, inputs = (name, pass_, backend, shape), gru_step_inputs(name, shape)
+    measure(benchmark, run, key, inputs, 10, tolerance=SUM_TOLERANCE)
+
+
+# The compiler would unroll the loops over steps, for minutes.
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize("recipe", SCANS)
+def bench_rssm_observe(benchmark, recipe, backend, round_):
+    key = (f"rssm_observe {recipe}-{SCANS[recipe]}", "forward+backward", backend, (16, 64))
+    inputs = observe_inputs(recipe, 16, 64)
+    measure(benchmark, forward_backward, key, inputs, 3, tolerance=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize("recipe", SCANS)
+def bench_rssm_imagine(benchmark, recipe, backend, round_):
+    key = (f"rssm_imagine {recipe}-{SCANS[recipe]}", "forward", backend, (1024, 15))
+    inputs = imagine_inputs(recipe, 1024, 15)
+    measure(benchmark, forward, key, inputs, 3, tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

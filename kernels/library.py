@@ -1,8 +1,12 @@
-"""Loads the compiled C library that lies in this folder and calls its functions by ctypes."""
+"""Loads the compiled C library that lies in this folder and calls its functions by ctypes.
+
+FASTDREAMER_LIBRARY names another file to load instead, such as one built with sanitizers.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -13,7 +17,9 @@ import torch
 from torch import Tensor
 
 ABI_VERSION = 3
-CPU_LIBRARY = Path(__file__).with_name("libfastdreamer_cpu.so")
+CPU_LIBRARY = Path(
+    os.environ.get("FASTDREAMER_LIBRARY") or Path(__file__).with_name("libfastdreamer_cpu.so")
+)
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
 MATRIX = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))  # an input: data, strides
@@ -123,7 +129,7 @@ def _load() -> ctypes.CDLL:
     if not CPU_LIBRARY.exists():
         raise RuntimeError(
             "the C++ library of fastdreamer is not built "
-            f"({CPU_LIBRARY.name} is missing beside {Path(__file__).name}): "
+            f"({CPU_LIBRARY.name} is missing in {CPU_LIBRARY.parent}): "
             "install a C++17 compiler, then install fastdreamer again"
         )
     try:

@@ -1,0 +1,67 @@
+"""The operators' tests on a library built with sanitizers; the first report ends the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = ("operators", "norm_act", "twohot", "unimix", "optim", "gru_step", "rssm")
+# What no memory error hides in, and torch's tracer is slow under a sanitizer.
+LEFT_OUT = "opcheck or gradcheck or compile or resolve or library or importable or float64"
+
+
+def runtimes(*names: str) -> str:
+    """Paths of the compiler's sanitizer runtimes, for LD_PRELOAD."""
+    compiler = os.environ.get("CXX", "g++")
+    found = (
+        subprocess.run(
+            [compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in names
+    )
+    return ":".join(found)
+
+
+def build(folder: Path) -> Path:
+    """The CPU library with both sanitizers, each instruction set included."""
+    options = {
+        "CMAKE_BUILD_TYPE": "Sanitize",  # without Release's -O3, which takes minutes here
+        "CMAKE_CXX_FLAGS": "-O1",
+        "CMAKE_CXX_COMPILER": os.environ.get("CXX", "g++"),
+        "FASTDREAMER_SANITIZE": "address,undefined",
+        "FASTDREAMER_OUTPUT_DIR": folder,
+    }
+    flags = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder / "build", *flags], check=True)
+    subprocess.run(["cmake", "--build", folder / "build", "--parallel"], check=True)
+    return folder / "libfastdreamer_cpu.so"
+
+
+@pytest.mark.skipif(
+    not os.environ.get("FASTDREAMER_SANITIZE"),
+    reason="takes minutes: FASTDREAMER_SANITIZE=1, on Linux with CMake and GCC",
+)
+def test_address_and_undefined_behaviour(tmp_path):
+    environment = os.environ | {
+        "FASTDREAMER_LIBRARY": str(build(tmp_path)),
+        "FASTDREAMER_REQUIRE": "cpu",
+        "LD_PRELOAD": runtimes("asan", "ubsan"),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    suites = [str(ROOT / "tests" / f"test_{name}.py") for name in SUITES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suites]
+    done = subprocess.run(
+        [*command, "-k", f"not ({LEFT_OUT})"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
