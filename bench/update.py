@@ -48,7 +48,7 @@ class Options:
     """Observations: 64 x 64 x 3 images, or 24 numbers."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where to run."""
-    backend: Literal["auto", "reference", "cpp"] = "auto"
+    backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Our kernels."""
     rivals: str = ""
     """Names with commas: sheeprl, torchrl; or "installed": those that are and that have the

@@ -155,7 +155,7 @@ class Config:
     """Run directory; default runs/<preset>-<task>-<size>-seed<seed>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to learn and act; auto takes a GPU if there is one."""
-    backend: Literal["auto", "reference", "cpp"] = "auto"
+    backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Kernels: auto takes the best available, an explicit choice fails if it is not."""
     threads: int = 0
     """CPU threads of PyTorch; 0 keeps its default."""

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from . import library, optim, unimix
+from . import library, optim, register, unimix
 from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
 from .lambda_return import lambda_return
 from .latent_linear import latent_linear, latent_linear_cpp
@@ -25,9 +26,18 @@ from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
 from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
-BACKENDS = ("reference", "cpp")  # from the slowest to the fastest
+# Backend -> those that serve what it lacks, in this order.
+FALLBACKS = {
+    "reference": (),
+    "cpp": ("reference",),
+    "triton": ("reference",),
+    "cuda": ("triton", "reference"),
+}
+BACKENDS = tuple(FALLBACKS)
+BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+TRITON_STEMS: tuple[str, ...] = ()
 
-# operator -> backend -> implementation; the reference also serves the backends that a row lacks.
+# operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "lambda_return": {
         "reference": lambda_return,
@@ -103,8 +113,9 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """The operators of a backend for tensors on a device.
 
     Args:
-        backend: "reference" (plain PyTorch), "cpp" (the compiled CPU library), or "auto": the
-            fastest that is available, with one warning where that is not the compiled one.
+        backend: "reference" (plain PyTorch), "cpp" (the compiled CPU library), "triton", "cuda"
+            (the compiled CUDA library, beside Triton's kernels), or "auto": the fastest that is
+            available, with one warning where that is not the compiled one.
         device: where the operators' inputs will be.
 
     Raises:
@@ -119,8 +130,11 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
         raise ValueError(f"unknown backend {backend!r}: did you mean {near[0]!r}?")
     elif reason := _unavailable_reason(backend, device.type):
         raise RuntimeError(f"backend {backend!r} is not available on {device.type!r}: {reason}")
+    if backend in ("triton", "cuda"):
+        _load_triton()
     served_by = {
-        name: backend if backend in row else "reference" for name, row in IMPLEMENTATIONS.items()
+        name: next(by for by in (backend, *FALLBACKS[backend]) if by in row)
+        for name, row in IMPLEMENTATIONS.items()
     }
     operators = {name: IMPLEMENTATIONS[name][by] for name, by in served_by.items()}
     return Ops(backend=backend, served_by=MappingProxyType(served_by), **operators)
@@ -129,7 +143,7 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
 @cache
 def _best(device_type: str) -> str:
     reasons = []
-    for backend in reversed(BACKENDS):
+    for backend in BEST.get(device_type, ("reference",)):
         reason = _unavailable_reason(backend, device_type)
         if reason is None:
             break
@@ -143,6 +157,27 @@ def _best(device_type: str) -> str:
 def _unavailable_reason(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
-    if device_type != "cpu":
-        return f"it runs on the CPU only, not on {device_type}"
-    return library.unavailable_reason()
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"it runs on the CPU only, not on {device_type}"
+        if register.INTERPRETED:
+            return "TRITON_INTERPRET=1 lets Triton's interpreter serve the CPU"
+        return library.unavailable_reason()
+    if backend == "cuda":
+        if device_type != "cuda":
+            return f"it runs on a GPU, not on {device_type}"
+        return "this version has no CUDA library"
+    if device_type != "cuda" and not (device_type == "cpu" and register.INTERPRETED):
+        return "it runs on a GPU (on the CPU in Triton's interpreter, with TRITON_INTERPRET=1)"
+    return _load_triton()
+
+
+@cache
+def _load_triton() -> str | None:
+    """Register Triton's kernels with their operators; why that is not possible, or None."""
+    try:
+        for stem in TRITON_STEMS:
+            import_module(f".{stem}_triton", __package__)
+    except ImportError as error:
+        return f"{error}: install triton"
+    return None

@@ -1,11 +1,15 @@
-"""Makes a CPU function an operator of PyTorch: schema, implementation, fake, autograd."""
+"""Makes functions operators of PyTorch: schema, implementations, fake, autograd."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run in its interpreter, on the CPU."""
 
 _OPERATORS = torch.library.Library("fastdreamer", "FRAGMENT")
 
@@ -40,3 +44,13 @@ def register(
 
     setup, backward = autograd or (None, refuse)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
+
+
+def serve(name: str, function: Callable) -> None:
+    """Let ``function``, which launches Triton's kernels, compute the operator on a GPU.
+
+    In Triton's interpreter it also computes it on the CPU, in the place of the C++ library.
+    """
+    _OPERATORS.impl(name, function, "CUDA")
+    if INTERPRETED:
+        _OPERATORS.impl(name, function, "CPU", allow_override=True)

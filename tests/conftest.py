@@ -10,6 +10,7 @@ import torch
 
 from fastdreamer import kernels
 from fastdreamer.kernels import library
+from fastdreamer.kernels.register import INTERPRETED
 
 # FASTDREAMER_REQUIRE names what must be there, so that a test of it fails instead of skipping.
 REQUIRED_BY = {"cpp": "cpu"}
@@ -30,14 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         choices=kernels.BACKENDS,
-        help="backend to test (repeatable; default: all)",
+        help="backend to test (repeatable; default: all that run on a CPU)",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test with an argument `backend` once per backend."""
     if "backend" in metafunc.fixturenames:
-        backends = metafunc.config.getoption("--backend") or kernels.BACKENDS
+        here = ("reference", "triton" if INTERPRETED else "cpp")
+        backends = metafunc.config.getoption("--backend") or here
         metafunc.parametrize("backend", backends)
 
 

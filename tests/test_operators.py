@@ -275,6 +275,12 @@ def test_resolve_chooses_the_compiled_library(cpp):
     assert set(kernels.resolve("reference").served_by.values()) == {"reference"}
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_resolve_refuses_a_gpu_backend_on_the_cpu(name, cpp):
+    with pytest.raises(RuntimeError, match=f"'{name}' is not available on 'cpu': it runs on a"):
+        kernels.resolve(name, "cpu")
+
+
 def test_resolve_refuses_unknown_backends():
     with pytest.raises(ValueError, match="did you mean 'reference'"):
         kernels.resolve("refrence")
