@@ -61,7 +61,7 @@ FD_API int32_t fd_set_threads(void* gomp_parallel, int64_t threads);
  * null, a call only sets workspace_bytes to what it needs there; any contents will do. */
 typedef struct fd_launch {
   int32_t compute; /* type of the products' factors: FD_FLOAT32 or FD_BFLOAT16; sums are float32 */
-  void* workspace; /* on the device, aligned to 256 bytes */
+  void* workspace; /* on the device, aligned to 16 bytes */
   int64_t workspace_bytes;
   void* stream;
 } fd_launch;

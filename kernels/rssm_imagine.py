@@ -19,7 +19,6 @@ from .rssm_weights import (
     MAX_HEADS,
     MAX_LAYERS,
     CLayer,
-    CModel,
     Layer,
     RSSMWeights,
     c_layer,
@@ -121,9 +120,6 @@ class CImagine(Arguments):
     ]
 
 
-SIGNATURE = (ctypes.POINTER(CModel), ctypes.POINTER(CImagine))
-
-
 @torch.no_grad()
 def rssm_imagine_cpp(
     weights: RSSMWeights,
@@ -175,7 +171,7 @@ def rssm_imagine_cpp(
         heads=(CLayer * len(heads))(*map(c_layer, heads)),
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
-    library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
+    library.launch("fd_rssm_imagine", deter, torch.float32, model, rollout)
     return feat, index, actions
 
 

@@ -120,7 +120,8 @@ FD_FN void cell_step(
           memory.workspace, m.stoch_table, at.last_index(row), m.stoch, m.classes, u);
     if (action)
       for (int k = 0; k < m.action; ++k)
-        total += at.action(row, k) * Compute::to(action_rows[k * m.action_table.outputs + u]);
+        total += Compute::to(Compute::from(at.action(row, k))) *
+                 Compute::to(action_rows[k * m.action_table.outputs + u]);
     at.inputs(row)[m.inputs - gathered + column] = total;
   }
   b.team_sync();

@@ -168,7 +168,7 @@ int32_t run_plan(const Plan<Args>& plan, fd_launch* launch) {
     return FD_OK;
   }
   if (launch->workspace_bytes < plan.workspace.bytes() ||
-      reinterpret_cast<uintptr_t>(launch->workspace) % 256)
+      reinterpret_cast<uintptr_t>(launch->workspace) % 16)
     return FD_ERROR_WORKSPACE;
   return start<Compute, MT>(plan.packing, plan.args, plan.team, *launch);
 }

@@ -27,7 +27,7 @@ const char* fd_error_string(int32_t error) {
     case FD_ERROR_SIZE: return "a size is out of range";
     case FD_ERROR_DTYPE: return "this dtype is not supported";
     case FD_ERROR_UNSUPPORTED: return "the device takes no model of this size";
-    case FD_ERROR_WORKSPACE: return "the workspace is too small or not aligned to 256 bytes";
+    case FD_ERROR_WORKSPACE: return "the workspace is too small or not aligned to 16 bytes";
     default: break;
   }
   if (error < FD_ERROR_DEVICE) return "unknown error code";
