@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_observe import _operator, rssm_observe
-from test_rssm import SHAPES, TOLERANCE, Draw, cells, make_scan, make_weights
+from test_rssm import SHAPES, TOLERANCE, Draw, cells, gradients, make_scan, make_weights
 
 pytestmark = pytest.mark.operators
 
@@ -101,3 +101,20 @@ def test_observe_in_bfloat16(emulate, rounding, cell, shape, device):
     actual = _operator(weights, *scan, torch.bfloat16)
     for name, x, y in zip(("deter", "stoch", "logp"), actual, expected, strict=True):
         torch.testing.assert_close(x, y, **BFLOAT16, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@cells
+@shapes
+@devices
+def test_observe_gradients(emulate, cell, shape, device):
+    draw = Draw(grad=True)
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    expected = gradients(rssm_observe, weights, scan)
+    emulate(*device)
+    actual = gradients(lambda *args: _operator(*args, torch.float32), weights, scan)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        y = torch.zeros_like(x) if y is None else y
+        size = float(y.abs().max()) + 1
+        torch.testing.assert_close(
+            x / size, y / size, **TOLERANCE, msg=lambda m, i=i: f"gradient {i}: {m}"
+        )

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "rssm_observe.cu"
+#include "rssm_observe_backward.cu"
 
 namespace fastdreamer {
 

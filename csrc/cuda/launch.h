@@ -41,6 +41,20 @@ FD_FN void run_block(Block& b, const Args& args, char* workspace) {
   args.template run<Compute, MT>(b, memory);
 }
 
+// to (size,) = the sum of `parts` rows of from, in their order.
+struct PartialSums {
+  const float* from;
+  float* to;
+  int size, parts;
+};
+FD_FN void sum_parts(const PartialSums& sums, int thread, int count) {
+  for (int i = thread; i < sums.size; i += count) {
+    float total = 0;
+    for (int part = 0; part < sums.parts; ++part) total += sums.from[int64_t{part} * sums.size + i];
+    sums.to[i] = total;
+  }
+}
+
 #ifdef __CUDACC__
 template <typename Compute>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packing packing, char* workspace) {
@@ -53,6 +67,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   GpuBlock block(team, shared);
   run_block<Compute, MT>(block, args, workspace);
+}
+
+inline __global__ void __launch_bounds__(kThreads)
+    sum_kernel(const __grid_constant__ PartialSums a, const __grid_constant__ PartialSums b) {
+  const int thread = blockIdx.x * kThreads + threadIdx.x, count = gridDim.x * kThreads;
+  sum_parts(a, thread, count), sum_parts(b, thread, count);
 }
 
 inline int32_t error_of(cudaError_t error) {
@@ -88,6 +108,11 @@ int32_t start(const Packing& packing, const Args& args, const Team& team, const 
   config.numAttrs = team.kind == kTeamOfOne ? 0 : 1;
   return error_of(cudaLaunchKernelEx(&config, kernel, args, team, workspace));
 }
+
+inline int32_t start_sums(const PartialSums& a, const PartialSums& b, const fd_launch& launch) {
+  sum_kernel<<<64, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(a, b);
+  return error_of(cudaGetLastError());
+}
 #else
 extern int emulated_warps;  // of a block
 
@@ -114,6 +139,11 @@ int32_t start(const Packing& packing, const Args& args, const Team& team, const 
       });
     for (std::thread& thread : threads) thread.join();
   }
+  return FD_OK;
+}
+
+inline int32_t start_sums(const PartialSums& a, const PartialSums& b, const fd_launch&) {
+  sum_parts(a, 0, 1), sum_parts(b, 0, 1);
   return FD_OK;
 }
 #endif

@@ -7,6 +7,8 @@
 
 namespace fastdreamer {
 
+constexpr int kObserveTiles = 1;  // of 16 rows in a team
+
 struct Observe {
   Model model;
   fd_observe scan;

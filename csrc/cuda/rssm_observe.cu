@@ -5,11 +5,6 @@
 namespace fastdreamer {
 namespace {
 
-constexpr int kTiles = 1;  // of 16 rows in a team
-
-// Teams, and what all of a team's columns are cut from.
-int teams_of(const fd_observe& scan) { return ceil_div(scan.B, kTiles * kTileRows); }
-
 template <typename Compute>
 Plan<Observe> plan_observe(
     const fd_rssm& model, const fd_observe& scan, const fd_launch& launch, const Device& device) {
@@ -27,11 +22,11 @@ Plan<Observe> plan_observe(
     int width = staged_width(args.model);
     if (args.by_deter.padded() > width) width = args.by_deter.padded();
     if (args.out.padded() > width) width = args.out.padded();
-    return lay_out<Compute, kTiles>(args, width, members, device.shared, kept);
+    return lay_out<Compute, kObserveTiles>(args, width, members, device.shared, kept);
   };
-  finish(plan, launch, device, teams_of(scan), try_layout);
+  finish(plan, launch, device, ceil_div(scan.B, kObserveTiles * kTileRows), try_layout);
   args.shares = take<Share>(
-      plan.workspace, launch, int64_t{plan.team.teams} * plan.team.members * kTiles * kTileRows);
+      plan.workspace, launch, int64_t{plan.team.teams} * plan.team.members * kObserveTiles * kTileRows);
   return plan;
 }
 
@@ -39,7 +34,7 @@ template <typename Compute>
 int32_t observe(
     const fd_rssm& model, const fd_observe& scan, fd_launch* launch, const Device& device) {
   const Plan<Observe> plan = plan_observe<Compute>(model, scan, *launch, device);
-  return run_plan<Compute, kTiles>(plan, launch);
+  return run_plan<Compute, kObserveTiles>(plan, launch);
 }
 
 }  // namespace
