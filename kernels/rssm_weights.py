@@ -178,7 +178,7 @@ def compute_type() -> torch.dtype:
     return torch.float32
 
 
-MAX_LAYERS, MAX_BLOCKS, MAX_HEADS = 8, 64, 64
+MAX_LAYERS, MAX_BLOCKS, MAX_HEADS, MAX_CUDA_PARTS = 8, 64, 64, 8
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from fastdreamer.kernels import library
+from fastdreamer.kernels.rssm_imagine import _compute as _imagine
+from fastdreamer.kernels.rssm_imagine import rssm_imagine
 from fastdreamer.kernels.rssm_observe import _operator, rssm_observe
-from test_rssm import SHAPES, TOLERANCE, Draw, cells, gradients, make_scan, make_weights
+from test_rssm import SHAPES, TOLERANCE, Draw, cells, gradients, imagine_arguments, make_scan, make_weights
 
 pytestmark = pytest.mark.operators
 
@@ -118,3 +120,29 @@ def test_observe_gradients(emulate, cell, shape, device):
         torch.testing.assert_close(
             x / size, y / size, **TOLERANCE, msg=lambda m, i=i: f"gradient {i}: {m}"
         )
+
+
+@cells
+@shapes
+@devices
+@pytest.mark.parametrize("kinds", ["d", "dcd"])
+def test_imagine(emulate, cell, shape, device, kinds):
+    arguments = imagine_arguments(cell, (shape[0] * 17, *shape[1:]), kinds, torch.float32)
+    expected = rssm_imagine(*arguments)
+    emulate(*device)
+    actual = _imagine(*arguments, torch.float32)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@cells
+@shapes
+@pytest.mark.parametrize("blocks", [1, 9, 28], ids=str)
+def test_imagine_in_bfloat16(emulate, rounding, cell, shape, blocks):
+    """Of up to 240 rows, a team takes 16, 32 or 64."""
+    arguments = imagine_arguments(cell, (shape[0] * 17, *shape[1:]), "dc", torch.float32)
+    expected = rssm_imagine(*arguments)
+    emulate(blocks, 2, 1)
+    actual = _imagine(*arguments, torch.bfloat16)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **BFLOAT16)

@@ -1,6 +1,7 @@
 // The CUDA library's functions on the host, for tests: its kernels run on threads.
 #include <math.h>
 
+#include "rssm_imagine.cu"
 #include "rssm_observe.cu"
 #include "rssm_observe_backward.cu"
 

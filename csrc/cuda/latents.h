@@ -17,8 +17,16 @@ struct Best {
 #endif
 };
 
+FD_FN int from_first_lane(int x) {
+#ifdef __CUDA_ARCH__
+  return __shfl_sync(~0u, x, 0);
+#else
+  return x;
+#endif
+}
+
 // logp = ln(mix / K + (1 - mix) softmax(logits)), which may lie in the same memory; returns the
-// first class of the greatest logp + noise, the same in lane 0 whatever is NaN.
+// first class of the greatest logp + noise.
 FD_FN int draw(const float* logits, const float* noise, int K, float mix, float* logp) {
   Lanes<Sum> part;
   by_lane([&](int lane, int slot) {
@@ -40,10 +48,11 @@ FD_FN int draw(const float* logits, const float* noise, int K, float mix, float*
     }
     best.value[slot] = mine;
   });
-  return warp_fold(best, [](Best a, Best b) {
+  const Best first = warp_fold(best, [](Best a, Best b) {
     const bool other = b.value > a.value || (b.value == a.value && b.index < a.index);
     return other ? b : a;
-  }).index;
+  });
+  return from_first_lane(first.index);  // lanes may differ where a value is NaN
 }
 
 // dlogits from dlogp and, through the sample, dstoch:

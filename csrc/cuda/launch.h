@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   run_block<Compute, MT>(block, args, workspace);
 }
 
-inline __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     sum_kernel(const __grid_constant__ PartialSums a, const __grid_constant__ PartialSums b) {
   const int thread = blockIdx.x * kThreads + threadIdx.x, count = gridDim.x * kThreads;
   sum_parts(a, thread, count), sum_parts(b, thread, count);

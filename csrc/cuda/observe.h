@@ -70,17 +70,6 @@ struct ObserveAt {
   FD_FN float* logp(int row) const { return at(scan.logp, row, model.latent()); }
 };
 
-// Rows of the team, and the first of them.
-struct TeamRows {
-  int64_t first;
-  int count;
-};
-template <int MT, typename Block>
-FD_FN TeamRows team_rows(const Block& b, int64_t all) {
-  const int64_t first = int64_t{b.team} * MT * kTileRows, left = all - first;
-  return {first, left < MT * kTileRows ? static_cast<int>(left) : MT * kTileRows};
-}
-
 template <typename Compute, int MT, typename Block>
 FD_FN void Observe::run(Block& b, const Memory<Compute, MT>& memory) const {
   const Model& m = model;

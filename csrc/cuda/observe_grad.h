@@ -213,7 +213,7 @@ struct StepGrad {
 
   // Through the cell's norm and first weights, to the state and up to the inputs' norms.
   FD_FN void cell() {
-    const int D = m.deter, U = m.hidden, width = m.cell_norm.width;
+    const int U = m.hidden, width = m.cell_norm.width;
     const int padded = args.input.padded(), stride = padded + 8;
     Slope* slopes = reinterpret_cast<Slope*>(shared_slopes());
     float* to = m.blocks ? args.grad.dhidden : args.grad.dgates;
@@ -240,10 +240,10 @@ struct StepGrad {
           [&](int row) { return moments(row, n); },
           input_slopes + (n * b.members + b.member) * kRows, scale, scale + m.inputs);
     }
-    state(padded, stride);
+    state(stride);
     b.team_sync();
   }
-  FD_FN void state(int staged, int stride) {
+  FD_FN void state(int stride) {
     const int D = m.deter;
     const auto add = [&](int row, int column, float sum) { carry[row * D + column] += sum; };
     if (!m.blocks) {

@@ -79,6 +79,17 @@ FD_FN void by_own(const Block& b, const Product& p, int rows, const Body& body) 
   }
 }
 
+// Rows of the team, and the first of them.
+struct TeamRows {
+  int64_t first;
+  int count;
+};
+template <int MT, typename Block>
+FD_FN TeamRows team_rows(const Block& b, int64_t all) {
+  const int64_t first = int64_t{b.team} * MT * kTileRows, left = all - first;
+  return {first, left < MT * kTileRows ? static_cast<int>(left) : MT * kTileRows};
+}
+
 // One factor of a product: rows in shared memory, `stride` apart, and weights.
 template <typename Compute>
 struct Operand {
