@@ -125,9 +125,8 @@ def test_observe_gradients(emulate, cell, shape, device):
 @cells
 @shapes
 @devices
-@pytest.mark.parametrize("kinds", ["d", "dcd"])
-def test_imagine(emulate, cell, shape, device, kinds):
-    arguments = imagine_arguments(cell, (shape[0] * 17, *shape[1:]), kinds, torch.float32)
+def test_imagine(emulate, cell, shape, device):
+    arguments = imagine_arguments(cell, (shape[0] * 5, *shape[1:]), "dcd", torch.float32)
     expected = rssm_imagine(*arguments)
     emulate(*device)
     actual = _imagine(*arguments, torch.float32)
@@ -136,11 +135,11 @@ def test_imagine(emulate, cell, shape, device, kinds):
 
 
 @cells
-@shapes
-@pytest.mark.parametrize("blocks", [1, 9, 28], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
+@pytest.mark.parametrize("blocks", [9, 18, 36], ids=str)
 def test_imagine_in_bfloat16(emulate, rounding, cell, shape, blocks):
-    """Of up to 240 rows, a team takes 16, 32 or 64."""
-    arguments = imagine_arguments(cell, (shape[0] * 17, *shape[1:]), "dc", torch.float32)
+    """Teams of 64, 32 and 16 rows, several of each, the last one not full."""
+    arguments = imagine_arguments(cell, (70, *shape[1:]), "dc", torch.float32)
     expected = rssm_imagine(*arguments)
     emulate(blocks, 2, 1)
     actual = _imagine(*arguments, torch.bfloat16)

@@ -31,11 +31,11 @@ struct Imagine {
   const int32_t* start_index;
   float *feat, *action;
   int32_t* index;
-  int prior_layers, policy_layers, parts;
+  int prior_layers, layers, parts;
   bool deter_first;
   float policy_mix;
-  DenseLayer prior[kMaxLayers], policy[kMaxLayers];  // the policy's first without the latents
-  Table policy_table;                                // their share
+  DenseLayer layer[2 * kMaxLayers];  // the prior's, then the policy's, its first without the latents
+  Table policy_table;                // their share
   ActionPart part[kMaxParts];
   // Of each team, for its rows: before norms, (rows, width) each; raw is for the layers, in turn.
   float *inputs, *hidden, *gates, *raw[2], *head;
@@ -47,8 +47,7 @@ struct Imagine {
   FD_BOTH static void each_product(Self& self, const Body& body) {
     if (self.model.blocks) body(self.model.in_deter), body(self.model.gates);
     body(self.model.state), body(self.model.input);
-    for (int i = 0; i < self.prior_layers; ++i) body(self.prior[i].product);
-    for (int i = 0; i < self.policy_layers; ++i) body(self.policy[i].product);
+    for (int i = 0; i < self.layers; ++i) body(self.layer[i].product);
     for (int i = 0; i < self.parts; ++i)
       for (int j = 0; j < (self.part[i].discrete ? 1 : 2); ++j) body(self.part[i].product[j]);
   }
@@ -108,21 +107,12 @@ struct StepImagine {
   ImagineAt at;
   int rows;
 
-  // The product of a layer with state t (from < 0), or what its layer before left in raw[from].
-  template <typename Store>
-  FD_FN void dense(const DenseLayer* layers, int i, int from, const Store& store) {
-    const Product& p = layers[i].product;
-    stage_input(p, i > 0 ? &layers[i - 1] : nullptr, from);
-    const Operand<Compute> operands[1] = {{memory.rows(), p.padded() + 8, 0, 0, &p}};
-    multiply<Compute, MT>(b, memory, operands, rows, [&](int row, int column, float sum) {
-      store(row, column, layers[i].bias ? sum + layers[i].bias[column] : sum);
-    });
-  }
-  FD_FN void stage_input(const Product& p, const DenseLayer* before, int from) {
+  // Rows of a layer's inputs: states t, or behind its norm what the layer before left.
+  FD_FN void stage_input(const Product& p, const DenseLayer* before, const float* raw) {
     const int padded = p.padded(), stride = padded + 8;
     if (before)
       stage_norms<Compute, MT>(b, memory, stride, 0, padded, &before->norm, 1, rows,
-                               [&](int row) { return at.raw(from, row); });
+                               [&](int row) { return raw + row * args.raw_width; });
     else
       stage<Compute, MT>(b, memory, stride, 0, m.deter, padded, rows,
                          [&](int row, int i) { return at.deter(row)[i]; });
@@ -143,19 +133,29 @@ struct StepImagine {
     b.team_sync();
   }
 
-  // The prior's hidden layers, its logits (in the place of the sample), the draw.
-  FD_FN void prior() {
-    const int last = args.prior_layers - 1;
-    for (int i = 0; i < last; ++i) {
-      dense(args.prior, i, 1 - i % 2, [&](int row, int column, float x) {
-        at.raw(i % 2, row)[column] = x;
+  // The prior's layers, whose logits become the sample in its place, then those of the policy; each
+  // phase of a layer ends with the team's barrier. From the first layer on, or the policy's.
+  FD_FN void layers(int first) {
+    for (int i = first; i < args.layers; ++i) {
+      const DenseLayer& layer = args.layer[i];
+      const bool logits = i == args.prior_layers - 1, policy = i == args.prior_layers;
+      stage_input(layer.product, i > 0 && !policy ? &layer - 1 : nullptr, at.raw((i + 1) % 2, 0));
+      const Operand<Compute> operands[1] = {
+          {memory.rows(), layer.product.padded() + 8, 0, 0, &layer.product}};
+      multiply<Compute, MT>(b, memory, operands, rows, [&](int row, int column, float sum) {
+        if (layer.bias) sum += layer.bias[column];
+        if (policy)
+          sum += gather<Compute>(
+              memory.workspace, args.policy_table, at.index(row), m.stoch, m.classes, column);
+        (logits ? at.stoch(row) : at.raw(i % 2, row))[column] = sum;
       });
+      if (logits) draw_latents(layer.product);
       b.team_sync();
     }
-    dense(args.prior, last, 1 - last % 2, [&](int row, int column, float x) {
-      at.stoch(row)[column] = x;
-    });
-    by_own_latents(b, m, args.prior[last].product, rows, [&](int row, int s) {
+  }
+
+  FD_FN void draw_latents(const Product& p) {
+    by_own_latents(b, m, p, rows, [&](int row, int s) {
       float* logits = at.stoch(row) + s * m.classes;
       const int64_t from = (at.row0 + row) * args.H + at.t - 1;
       const float* noise = args.noise + from * m.latent() + s * m.classes;
@@ -165,32 +165,13 @@ struct StepImagine {
         if (lane == 0) at.index(row)[s] = drawn;
       });
     });
-    b.team_sync();
   }
 
-  // The policy in state t, and its action.
-  FD_FN void act() {
-    const DenseLayer* layers = args.policy;
-    dense(layers, 0, -1, [&](int row, int column, float x) {
-      at.raw(0, row)[column] = x + gather<Compute>(memory.workspace, args.policy_table, at.index(row),
-                                                   m.stoch, m.classes, column);
-    });
-    b.team_sync();
-    for (int i = 1; i < args.policy_layers; ++i) {
-      dense(layers, i, 1 - i % 2, [&](int row, int column, float x) {
-        at.raw(i % 2, row)[column] = x;
-      });
-      b.team_sync();
-    }
-    // One block draws: its next use is behind the barrier.
-    if (b.member == b.members - 1) draw_action();
-    b.team_sync();
-  }
-
+  // By one block, as all of a part's classes are in it.
   FD_FN void draw_action() {
-    const int last = args.policy_layers - 1;
+    const int last = args.layers - 1;
     const Product& first = args.part[0].product[0];
-    stage_input(first, &args.policy[last], last % 2);
+    stage_input(first, &args.layer[last], at.raw(last % 2, 0));
     const Operand<Compute> x{memory.rows(), first.padded() + 8, 0, 0, &first};
     for (int i = 0; i < args.parts; ++i) {
       const ActionPart& part = args.part[i];
@@ -223,13 +204,15 @@ FD_FN void Imagine::run(Block& b, const Memory<Compute, MT>& memory) const {
   StepImagine<Compute, MT, Block> step{
       b, memory, *this, model, {*this, model, team.first, team_row, 0}, team.count};
   Share* mine = shares + team_row * b.members;
-  step.start();
-  step.act();
-  for (int64_t t = 1; t <= H; ++t) {
+  for (int64_t t = 0; t <= H; ++t) {
     step.at.t = t;
-    cell_step<Compute, MT>(b, memory, model, team.count, step.at, mine);
-    step.prior();
-    step.act();
+    if (t == 0)
+      step.start();
+    else
+      cell_step<Compute, MT>(b, memory, model, team.count, step.at, mine);
+    step.layers(t == 0 ? prior_layers : 0);
+    if (b.member == b.members - 1) step.draw_action();
+    b.team_sync();
   }
 }
 

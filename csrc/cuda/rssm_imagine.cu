@@ -22,18 +22,18 @@ Imagine arguments(const fd_rssm& model, const fd_imagine& rollout) {
   args.noise = rollout.noise, args.action_noise = rollout.action_noise;
   args.feat = rollout.feat, args.action = rollout.action, args.index = rollout.index;
   args.prior_layers = static_cast<int>(model.head_layers);
-  args.policy_layers = static_cast<int>(rollout.policy_layers);
+  args.layers = args.prior_layers + static_cast<int>(rollout.policy_layers);
   args.parts = static_cast<int>(rollout.parts);
   args.deter_first = rollout.deter_first;
   args.policy_mix = rollout.policy_mix;
-  for (int i = 0; i < args.prior_layers; ++i) args.prior[i] = dense(model, model.head[i]);
-  Product& logits = args.prior[args.prior_layers - 1].product;
-  logits = by_latents(logits, model.classes);
-  for (int i = 0; i < args.policy_layers; ++i) args.policy[i] = dense(model, rollout.policy[i]);
+  DenseLayer* policy = args.layer + args.prior_layers;
+  for (int i = 0; i < args.prior_layers; ++i) args.layer[i] = dense(model, model.head[i]);
+  for (int i = 0; i < rollout.policy_layers; ++i) policy[i] = dense(model, rollout.policy[i]);
+  policy[-1].product = by_latents(policy[-1].product, model.classes);
   const fd_layer& first = rollout.policy[0];
   const int64_t latent = model.stoch * model.classes;
   const float* by_deter = first.weight + (args.deter_first ? 0 : latent);
-  args.policy[0].product = product_of(by_deter, model.deter, first.outputs, first.stride);
+  policy[0].product = product_of(by_deter, model.deter, first.outputs, first.stride);
   args.policy_table = table_of(first, first.weight + (args.deter_first ? model.deter : 0), latent);
   for (int i = 0, head = 0, begin = 0; i < args.parts; begin += args.part[i++].size) {
     args.part[i].begin = begin, args.part[i].size = static_cast<int>(rollout.part_sizes[i]);
@@ -43,9 +43,8 @@ Imagine arguments(const fd_rssm& model, const fd_imagine& rollout) {
       args.part[i].bias[j] = rollout.heads[head].bias;
     }
   }
-  for (const DenseLayer* layers : {args.prior, args.policy})
-    for (int i = 0; i < kMaxLayers && layers[i].product.outputs; ++i)
-      if (layers[i].product.outputs > args.raw_width) args.raw_width = layers[i].product.outputs;
+  for (int i = 0; i < args.layers; ++i)
+    if (args.layer[i].product.outputs > args.raw_width) args.raw_width = args.layer[i].product.outputs;
   return args;
 }
 
@@ -54,8 +53,7 @@ int widest(const Imagine& args) {
   const auto see = [&](const Product& p) {
     if (p.padded() > most) most = p.padded();
   };
-  for (int i = 0; i < args.prior_layers; ++i) see(args.prior[i].product);
-  for (int i = 0; i < args.policy_layers; ++i) see(args.policy[i].product);
+  for (int i = 0; i < args.layers; ++i) see(args.layer[i].product);
   see(args.part[0].product[0]);
   return most;
 }
