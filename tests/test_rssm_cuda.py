@@ -14,13 +14,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_rssm import (
+    SHAPES,
+    TOLERANCE,
+    Draw,
+    cells,
+    gradients,
+    imagine_arguments,
+    make_scan,
+    make_weights,
+)
 from torch import Tensor
 
 from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import _compute as _imagine
-from fastdreamer.kernels.rssm_imagine import rssm_imagine
-from fastdreamer.kernels.rssm_observe import _operator, rssm_observe
-from test_rssm import SHAPES, TOLERANCE, Draw, cells, gradients, imagine_arguments, make_scan, make_weights
+from fastdreamer.kernels.rssm_imagine import _takes as imagine_takes
+from fastdreamer.kernels.rssm_imagine import rssm_imagine, rssm_imagine_cuda
+from fastdreamer.kernels.rssm_observe import _ask as observe_takes
+from fastdreamer.kernels.rssm_observe import (
+    _flatten,
+    _operator,
+    rssm_observe,
+    rssm_observe_cuda,
+)
 
 pytestmark = pytest.mark.operators
 
@@ -145,3 +161,76 @@ def test_imagine_in_bfloat16(emulate, rounding, cell, shape, blocks):
     actual = _imagine(*arguments, torch.bfloat16)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, **BFLOAT16)
+
+
+@cells
+def test_sizes_decide_who_serves(emulate, cell, monkeypatch):
+    """By the library where it takes a model forward and backward, else by the reference."""
+    draw, shape = Draw(), SHAPES[0]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    rollout = imagine_arguments(cell, shape, "dc", torch.float32)
+    calls = []
+    launch = library.launch
+    monkeypatch.setattr(library, "launch", lambda *args: (calls.append(args[0]), launch(*args)))
+    expected = (rssm_observe(weights, *scan), rssm_imagine(*rollout))
+    for shared, served in ((1 << 18, ["fd_rssm_observe", "fd_rssm_imagine"]), (1 << 10, [])):
+        emulate(2, 1, 0, shared)
+        observe_takes.cache_clear()
+        imagine_takes.cache_clear()
+        actual = (rssm_observe_cuda(weights, *scan), rssm_imagine_cuda(*rollout))
+        assert calls == served
+        calls.clear()
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@cells
+def test_autocast_chooses_bfloat16(emulate, monkeypatch, cell):
+    draw, shape = Draw(), SHAPES[1]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+    expected = _operator(weights, *scan, torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    actual = rssm_observe_cuda(weights, *scan)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@cells
+def test_compiles_to_one_graph(emulate, cell):
+    draw, shape = Draw(), SHAPES[0]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+
+    def run(embedded: Tensor) -> Tensor:
+        deter, stoch, logp = rssm_observe_cuda(weights, *scan[:3], embedded, *scan[4:])
+        return deter.sum() + (stoch * logp).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    embedded = scan[3].clone().requires_grad_()
+    (actual,) = torch.autograd.grad(compiled(embedded), embedded)
+    (expected,) = torch.autograd.grad(run(embedded), embedded)
+    assert torch.equal(actual, expected)
+
+
+@cells
+@pytest.mark.parametrize("size", [(0, 5), (3, 0)], ids=str)
+def test_observe_of_nothing(emulate, cell, size):
+    draw, shape = Draw(grad=True), (*size, *SHAPES[0][2:])
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+    deter, _, logp = rssm_observe_cuda(weights, *scan)
+    assert deter.shape == (*size, shape[2])
+    grads = torch.autograd.grad(deter.sum() + logp.sum(), _flatten(weights))
+    assert not any(x.any() for x in grads)
+
+
+@cells
+def test_imagine_of_nothing(emulate, cell):
+    emulate(2, 1, 0)
+    for shape in ((0, 3, *SHAPES[0][2:]), (3, 0, *SHAPES[0][2:])):
+        arguments = imagine_arguments(cell, shape, "d", torch.float32)
+        pairs = zip(rssm_imagine_cuda(*arguments), rssm_imagine(*arguments), strict=True)
+        for x, y in pairs:
+            torch.testing.assert_close(x, y, **TOLERANCE)
