@@ -30,13 +30,15 @@ from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import _compute as _imagine
 from fastdreamer.kernels.rssm_imagine import _takes as imagine_takes
 from fastdreamer.kernels.rssm_imagine import rssm_imagine, rssm_imagine_cuda
-from fastdreamer.kernels.rssm_observe import _ask as observe_takes
 from fastdreamer.kernels.rssm_observe import (
+    CObserve,
     _flatten,
     _operator,
     rssm_observe,
     rssm_observe_cuda,
 )
+from fastdreamer.kernels.rssm_observe import _ask as observe_takes
+from fastdreamer.kernels.rssm_weights import CModel, c_model
 
 pytestmark = pytest.mark.operators
 
@@ -234,3 +236,63 @@ def test_imagine_of_nothing(emulate, cell):
         pairs = zip(rssm_imagine_cuda(*arguments), rssm_imagine(*arguments), strict=True)
         for x, y in pairs:
             torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+class TestCInterface:
+    """The C function of the scan, called as another program would."""
+
+    @pytest.fixture(autouse=True)
+    def _emulated(self, emulate):
+        emulate(2, 1, 0)
+        draw, shape = Draw(), SHAPES[0]
+        self.weights = make_weights(draw, "block_gru", shape)
+        self.model = c_model(self.weights, shape[5], self.weights.posterior)
+        self.memory = torch.zeros(1 << 20)
+        pointers = {k: self.memory.data_ptr() for k, _ in CObserve._fields_[2:]}
+        self.scan = CObserve(B=1, T=1, **pointers)
+        self.launch = library.Launch(compute=0)
+
+    def call(self, *structures: object) -> int:
+        """The error code of the function; what it was told is not used where it is not 0."""
+        types = (CModel, CObserve, library.Launch)
+        c_function = library._load("cuda").fd_rssm_observe
+        c_function.argtypes = [ctypes.POINTER(x) for x in types]
+        c_function.errcheck = lambda error, *_: error
+        return c_function(*structures)
+
+    def test_says_what_it_needs_and_refuses_less(self):
+        assert self.call(self.model, self.scan, self.launch) == 0
+        assert self.launch.workspace_bytes > 0
+        self.launch.workspace = self.memory.data_ptr()
+        assert self.call(self.model, self.scan, self.launch) == 0
+        self.launch.workspace += 4
+        assert self.call(self.model, self.scan, self.launch) == 7
+        self.launch.workspace -= 4
+        self.launch.workspace_bytes -= 1
+        assert self.call(self.model, self.scan, self.launch) == 7
+
+    def test_null_structures(self):
+        arguments = [self.model, self.scan, self.launch]
+        for i in range(3):
+            assert self.call(*arguments[:i], None, *arguments[i + 1 :]) == 1
+
+    @pytest.mark.parametrize("name", [k for k, _ in CObserve._fields_[2:]])
+    def test_null_tensors(self, name):
+        setattr(self.scan, name, None)
+        assert self.call(self.model, self.scan, self.launch) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("cell", 2), ("deter", 0), ("deter", 25), ("blocks", 65), ("head_layers", 3)],
+    )
+    def test_sizes(self, name, value):
+        setattr(self.model, name, value)
+        assert self.call(self.model, self.scan, self.launch) == 2
+
+    def test_beyond_the_device(self):
+        self.scan.T = 1 << 21
+        assert self.call(self.model, self.scan, self.launch) == 6
+
+    def test_compute(self):
+        self.launch.compute = 1
+        assert self.call(self.model, self.scan, self.launch) == 3
