@@ -16,9 +16,10 @@ int32_t current_device(Device* device) {
 }  // namespace fastdreamer
 
 // The device to emulate: how many blocks run at once, of how many warps, with how much shared
-// memory, and whether in clusters.
-extern "C" FD_API void fd_emulate(int32_t blocks, int32_t warps, int32_t shared, int32_t clusters) {
-  fastdreamer::emulated_device = {blocks, shared, clusters != 0, 1 << 28};
+// memory, whether in clusters, and its cache.
+extern "C" FD_API void fd_emulate(
+    int32_t blocks, int32_t warps, int32_t shared, int32_t clusters, int32_t cache) {
+  fastdreamer::emulated_device = {blocks, shared, clusters != 0, cache};
   fastdreamer::emulated_warps = warps;
 }
 
