@@ -335,3 +335,20 @@ def test_which_sizes_are_taken(emulate, chip, compute, recipe):
     largest = LARGEST[chip, compute][recipe == "2023"]
     names = list(SIZES[recipe])
     assert taken == names[: names.index(largest) + 1]
+
+
+@cells
+@pytest.mark.parametrize("shape", WIDE[:3], ids=str)
+def test_observe_gradients_in_bfloat16(emulate, rounding, cell, shape):
+    """Against a reference that rounds the factors of every product, but not their gradients."""
+    draw = Draw(grad=True)
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    expected = gradients(rssm_observe, weights, scan)
+    emulate(3, 2, 0)
+    actual = gradients(lambda *args: _operator(*args, torch.bfloat16), weights, scan)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        y = torch.zeros_like(x) if y is None else y
+        size = float(y.abs().max()) + 1
+        torch.testing.assert_close(
+            x / size, y / size, **BFLOAT16, msg=lambda m, i=i: f"gradient {i}: {m}"
+        )
