@@ -45,10 +45,11 @@ SMALL = (("2025", "debug", "vector"), ("2023", "debug", "image"))  # of a dry ru
 class Options:
     """Test and time fastdreamer on the GPU of this machine."""
 
-    minutes: float = 10
-    """Time limit; what does not fit is named, and run by the next call."""
-    train: float = 0
-    """Minutes for an Atari 100k run of each recipe after all else, resumed by the next call."""
+    minutes: float = 0
+    """Minutes for a real Atari 100k run after all else (recipe 2025 until it is complete, then
+    2023); the next call resumes it."""
+    limit: float = 10
+    """Minutes for all else; what does not fit is named, and run by the next call."""
     items: str = ""
     """Names of items with commas, instead of all; "list" prints them."""
     again: bool = False
@@ -76,7 +77,7 @@ class Item:
 
 def items(options: Options) -> list[Item]:
     """All items, in the order of their value."""
-    workloads = SMALL if options.dry_run else WORKLOADS
+    workloads, m = SMALL if options.dry_run else WORKLOADS, options.minutes
 
     def item(name: str, kind: str, seconds: float, function: Callable, *args: object) -> Item:
         return Item(name, kind, seconds, partial(function, *args))
@@ -90,7 +91,6 @@ def items(options: Options) -> list[Item]:
     updates = named("update", 240, gpu_items.whole_update, options.rivals)
     profiles = named("profile", 90, gpu_items.profile)
     syncs = named("synchronisation", 90, gpu_items.synchronisation)
-    presets = ("atari100k-2025", "atari100k") if options.train else ()
     return [
         item("tests triton", "tests", 150, gpu_items.operator_tests, "triton"),
         *syncs[:2],
@@ -101,10 +101,7 @@ def items(options: Options) -> list[Item]:
         *updates[2:],
         *profiles[2:4],
         item("memory errors", "checks", 240, gpu_items.memory_errors),
-        *(
-            item(f"train {p}", "training", 60 * options.train, gpu_items.train, p, options.train)
-            for p in presets
-        ),
+        *([item("train", "training", 60 * m, gpu_items.train, m)] if m else []),
     ]
 
 
@@ -133,8 +130,8 @@ def choose(options: Options) -> list[Item]:
     Raises:
         UsageError: an option is not valid, or there is no GPU.
     """
-    if options.minutes <= 0 or options.train < 0:
-        raise UsageError("--minutes must be above 0, --train at least 0")
+    if options.limit <= 0 or options.minutes < 0:
+        raise UsageError("--limit must be above 0, --minutes at least 0")
     everything = items(options)
     names = [name.strip() for name in options.items.split(",") if name.strip()]
     if options.items in ("", "list"):
@@ -170,7 +167,7 @@ def introduction() -> str:
 
 def in_order(chosen: list[Item], options: Options) -> list[str]:
     """Run the items while time lasts; returns the names of those that failed."""
-    end, failed = time.monotonic() + 60 * (options.minutes + 2 * options.train), []
+    end, failed = time.monotonic() + 60 * (options.limit + options.minutes), []
     done = set() if options.again or options.dry_run else finished()
     for item in chosen:
         left = end - time.monotonic()
@@ -209,7 +206,7 @@ def in_child(item: Item, seconds: float, options: Options) -> tuple[list[Row], s
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         arguments = ["--child", item.name, "--out", str(out), "--rivals", options.rivals]
-        arguments += ["--train", str(options.train)]
+        arguments += ["--minutes", str(options.minutes)]
         arguments += ["--dry-run"] if options.dry_run else []
         command = [sys.executable, "-m", "bench.gpu", *arguments]
         try:

@@ -30,12 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import operators, update
 from bench.results import ROOT
 from bench.workload import Workload
+from fastdreamer.config import PRESETS
 from fastdreamer.kernels import resolve
 
 Row = dict[str, Any]
 
 MEMCHECKED = "rssm or lambda_return"  # tests that compute-sanitizer runs
 PROFILED = 5  # updates
+ATARI = ("atari100k-2025", "atari100k")
+QUIET = ("--log.no-progress", "--eval-episodes", "0")
+TRAIN = (sys.executable, "-m", "fastdreamer.train", *QUIET)
+EVALUATE = (sys.executable, "-m", "fastdreamer.evaluate")
 
 
 def operator_tests(backend: str, device: str) -> list[Row]:
@@ -307,19 +312,10 @@ def memory_errors(device: str) -> list[Row]:
     return [{"ok": done.returncode == 0, "last": done.stdout.strip().splitlines()[-3:]}]
 
 
-def train(preset: str, minutes: float, device: str) -> list[Row]:
-    """Go on with an Atari 100k run for the minutes that are given, then evaluate it."""
-    logdir = ROOT / "runs" / f"gpu-{preset}"
-    command = [
-        sys.executable,
-        "-m",
-        "fastdreamer.train",
-        "--preset",
-        preset,
-        "--logdir",
-        str(logdir),
-    ]
-    command += ["--device", device, "--log.no-progress", "--eval-episodes", "0"]
+def train(minutes: float, device: str) -> list[Row]:
+    """Go on with an Atari 100k run, the first that is not complete, then evaluate it."""
+    preset, logdir = next_run()
+    command = [*TRAIN, "--preset", preset, "--logdir", str(logdir), "--device", device]
     command += ["--size", "12m"] if preset.endswith("2025") else []
     started = time.monotonic()
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -331,22 +327,13 @@ def train(preset: str, minutes: float, device: str) -> list[Row]:
     trained = time.monotonic() - started
     scored = logdir / "evaluation.json"
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fastdreamer.evaluate",
-            "--checkpoint",
-            str(logdir),
-            "--json",
-            str(scored),
-        ],
+        [*EVALUATE, "--checkpoint", str(logdir), "--device", device, "--json", str(scored)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         timeout=60 * minutes * 0.2,
         check=True,
     )
-    last = json.loads((logdir / "metrics.jsonl").read_text().splitlines()[-1])
-    score = json.loads(scored.read_text())
+    last, score = last_line(logdir), json.loads(scored.read_text())
     return [
         {
             "preset": preset,
@@ -360,3 +347,18 @@ def train(preset: str, minutes: float, device: str) -> list[Row]:
             "ok": True,
         }
     ]
+
+
+def next_run() -> tuple[str, Path]:
+    """Preset and directory of the first run that is not complete, or of the last."""
+    for preset in ATARI:
+        logdir = ROOT / "runs" / f"gpu-{preset}"
+        if last_line(logdir)["step"] < PRESETS[preset].steps:
+            break
+    return preset, logdir
+
+
+def last_line(logdir: Path) -> Row:
+    """The last line of a run's metrics; step 0 where there is none."""
+    path = logdir / "metrics.jsonl"
+    return json.loads(path.read_text().splitlines()[-1]) if path.exists() else {"step": 0}

@@ -56,8 +56,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (["--minutes", "0"], "--minutes must be above 0"),
-            (["--train", "-1"], "--train at least 0"),
+            (["--limit", "0"], "--limit must be above 0"),
+            (["--minutes", "-1"], "--minutes at least 0"),
             (["--items", "updates"], "unknown 'updates', valid are tests triton, "),
             (["--dry", "yes"], "did you mean --dry-run"),
         ],
@@ -82,8 +82,7 @@ class TestOptions:
 
     def test_training_only_when_time_is_given(self):
         assert not any("train" in item.name for item in gpu.items(options()))
-        names = [item.name for item in gpu.items(options("--train", "5"))]
-        assert names[-2:] == ["train atari100k-2025", "train atari100k"]
+        assert gpu.items(options("--minutes", "5"))[-1].name == "train"
 
 
 class TestOrder:
@@ -195,6 +194,10 @@ class TestItems:
 
         monkeypatch.setattr(subprocess, "Popen", Process)
         monkeypatch.setattr(subprocess, "run", evaluated)
-        (row,) = gpu_items.train("atari100k", 1.0, "cuda")
+        done = tmp_path / "runs" / "gpu-atari100k-2025"
+        done.mkdir(parents=True)
+        (done / "metrics.jsonl").write_text('{"step": 100000}\n')
+        (row,) = gpu_items.train(1.0, "cuda")
         assert calls[1:] == ["waited", "terminated"]
+        assert row["preset"] == "atari100k"
         assert row["score"] == 250.0 and row["updates"] == 100 and row["ok"]
