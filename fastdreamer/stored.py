@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.agent import Agent
@@ -43,5 +42,6 @@ def unpack(batch: Mapping[str, Tensor], agent: Agent) -> dict[str, Tensor]:
     """A gathered batch as the learner takes it: stored classes become one-hot."""
     batch = dict(batch)
     if agent.recipe.joint:
-        batch["stoch"] = F.one_hot(batch["stoch"].long(), agent.model.classes).to(agent.dtype)
+        classes = torch.arange(agent.model.classes, device=batch["stoch"].device)
+        batch["stoch"] = (batch["stoch"].unsqueeze(-1) == classes).to(agent.dtype)
     return batch
