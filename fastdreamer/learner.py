@@ -103,6 +103,10 @@ class Learner:
         self.updates = state["updates"]
         self.count.fill_(self.updates)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything on the device that an update changes, where the next one reads it."""
+        return [*self.agent.parameters(), *self.scale.buffers(), self.count]
+
     def _optimizer_state(self) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -301,6 +305,10 @@ class SeparateLearner(Learner):
         on_gpu = params[0].is_cuda
         return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=on_gpu)
 
+    def tensors(self) -> list[Tensor]:
+        states = (s for o in self.optimizers.values() for s in o.state.values())
+        return [*super().tensors(), *(x for state in states for x in state.values())]
+
     def _optimizer_state(self) -> dict[str, Any]:
         return {k: o.state_dict() for k, o in self.optimizers.items()}
 
@@ -351,6 +359,9 @@ class JointLearner(Learner):
         self.params = {k: p for k, p in agent.named_parameters() if p.requires_grad}
         self.nu = {k: torch.zeros_like(p) for k, p in self.params.items()}
         self.mu = {k: torch.zeros_like(p) for k, p in self.params.items()}
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.nu.values(), *self.mu.values()]
 
     def _optimizer_state(self) -> dict[str, Any]:
         return {"nu": self.nu, "mu": self.mu}

@@ -33,9 +33,9 @@ def columns(agent: Agent) -> dict[str, Column]:
 
 
 def latents(state: State) -> dict[str, Tensor]:
-    """The columns deter and stoch of states (..., D), (..., S, K), on the host."""
+    """The columns deter and stoch of states (..., D), (..., S, K), where those are."""
     stoch = state.stoch.detach().argmax(-1).to(torch.uint8)
-    return {"deter": state.deter.detach().cpu(), "stoch": stoch.cpu()}
+    return {"deter": state.deter.detach(), "stoch": stoch}
 
 
 def unpack(batch: Mapping[str, Tensor], agent: Agent) -> dict[str, Tensor]:

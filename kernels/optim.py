@@ -63,8 +63,10 @@ def laprop(
     if isinstance(step, Tensor):
         step = step.double()  # in float32 the first corrections would round to 1e-5
     correction, rate = 1 - betas[1] ** step, -lr / (1 - betas[0] ** step)
-    if isinstance(step, Tensor):
-        correction, rate = correction.to(params[0].dtype), rate.to(params[0].dtype)
+    if isinstance(correction, Tensor):
+        correction = correction.to(params[0].dtype)
+    if isinstance(rate, Tensor):
+        rate = rate.to(params[0].dtype)
     torch._foreach_lerp_(nu, list(torch._foreach_mul(grads, grads)), 1 - betas[1])
     denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, correction))))
     torch._foreach_add_(denominator, eps)
