@@ -77,7 +77,7 @@ class Graphed(Generic[T]):
     def _capture(self, inputs: Inputs) -> None:
         self._graph = self._outputs = None  # frees the last one's memory and its generators
         self._inputs = {k: v.clone() for k, v in inputs.items()}
-        self.rehearse()
+        self.rehearse(self._inputs)
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -86,11 +86,11 @@ class Graphed(Generic[T]):
             self._outputs = self._function(self._inputs)
         self._graph = graph
 
-    def rehearse(self) -> None:
+    def rehearse(self, inputs: Inputs) -> None:
         """Run the function on a side stream, as captures want it, and undo what it changed."""
-        with _side_stream(self._inputs), preserved(self._state, self._generators):
+        with _side_stream(inputs), preserved(self._state, self._generators):
             for _ in range(WARMUP):
-                self._function(self._inputs)
+                self._function(inputs)
 
 
 def _layout(tensors: Inputs) -> dict[str, tuple[torch.Size, torch.dtype]]:
