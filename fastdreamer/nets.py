@@ -51,6 +51,11 @@ def output_init(recipe: Recipe) -> Init:
     return "uniform" if recipe.uniform_outputs else "normal"
 
 
+def full(x: Tensor) -> Tensor:
+    """What a product of mixed precision left in bfloat16, in float32; anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 class Linear(nn.Linear):
     """Linear layer with the paper's initialisation; (..., I) -> (..., O)."""
 
@@ -138,7 +143,7 @@ class MLP(nn.Module):
         """``latents``: of features without gradient; see `Dense.product`."""
         for i, block in enumerate(self.hidden):
             x = block(x, None if i else latents)
-        return self.out(x)
+        return full(self.out(x))
 
 
 class ConvBlock(nn.Module):
@@ -346,9 +351,9 @@ class Decoder(nn.Module):
             x = self.cnn(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
             if self.recipe.conv == "pool":
                 x = torch.sigmoid(x)
-            parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
+            parts = full(x).unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            recon.update((k, self.heads[k](x)) for k in self.vectors)
+            recon.update((k, full(self.heads[k](x))) for k in self.vectors)
         return recon

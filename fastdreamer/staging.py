@@ -208,6 +208,49 @@ class Prefetcher:
             slot.host[name].copy_(tensor)
 
 
+class WriteBack:
+    """Values on their way from the device into mutable columns of the replay.
+
+    `start` only enqueues a copy to pinned memory behind the work that computes them; `finish`,
+    which waits for it, stands before whatever reads or saves those columns next. In between, the
+    host acts, steps environments and adds rows.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._host: Batch = {}
+        self._pending: tuple[torch.Tensor, Batch, torch.cuda.Event | None] | None = None
+
+    def start(self, step_ids: torch.Tensor, values: Batch) -> None:
+        """Begin to write `values`, {column: (*step_ids.shape, *shape)}, after `finish`.
+
+        The values' memory may be overwritten by work that is enqueued on the current stream later.
+        """
+        assert self._pending is None
+        on_gpu = [v.device for v in values.values() if v.is_cuda]
+        step_ids = step_ids.clone()  # they lie in a staging buffer, which the next batch takes
+        if not on_gpu:
+            self._pending = (step_ids, values, None)
+            return
+        for name, value in values.items():
+            if name not in self._host:
+                self._host[name] = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._host[name].copy_(value, non_blocking=True)
+        event = torch.cuda.current_stream(on_gpu[0]).record_event()
+        self._pending = (step_ids, self._host, event)
+
+    def finish(self) -> None:
+        """Write what was started, if anything."""
+        if self._pending is None:
+            return
+        step_ids, values, event = self._pending
+        if event is not None:
+            event.synchronize()
+        for name, value in values.items():
+            self._replay.write(name, step_ids, value)
+        self._pending = None
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that runs after what the current one may still do in recycled memory."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)

@@ -29,7 +29,7 @@ def gru_step(
 
     Source: DreamerV2's cell as DreamerV3 v1 and sheeprl use it.
     """
-    gates = F.linear(torch.cat([h, x], -1), weight)
+    gates = F.linear(torch.cat([h, x], -1), weight).to(h.dtype)
     gates = F.layer_norm(gates, gates.shape[-1:], scale, shift, eps)
     reset, cand, update = gates.chunk(3, -1)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
@@ -75,7 +75,7 @@ def block_gru_step(
 
 def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     """G products side by side: (..., G, I), (G, I, O) -> (..., G, O)."""
-    return torch.einsum("...gi,gio->...go", x, weight)
+    return torch.einsum("...gi,gio->...go", x, weight).to(weight.dtype)
 
 
 def gru_step_cpp(

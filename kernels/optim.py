@@ -2,8 +2,9 @@
 
 `agc_laprop` is the plain PyTorch form of ``torch.ops.fastdreamer.agc_laprop``, and takes any
 floating dtype and device. The operator takes CPU tensors of one dtype, float32 or float64:
-contiguous float32 ones are changed by the compiled library, others by the plain form. Lists of
-different lengths or shapes raise ValueError, other dtypes TypeError.
+contiguous float32 ones are changed by the compiled library, others by the plain form; its step and
+rate are numbers, those of the plain form may be scalar tensors. Lists of different lengths or
+shapes raise ValueError, other dtypes TypeError.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def laprop(
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-20,
 ) -> None:
@@ -54,15 +55,23 @@ def laprop(
 
     Args:
         params, grads, nu, mu: tensors of the same shapes; nu and mu start at zero.
-        step: number of this step, from 1. lr: its learning rate.
+        step: number of this step, from 1. lr: its learning rate. Either may be a scalar tensor on
+            the parameters' device, which is read there: a captured step goes on counting.
 
     Source: LaProp (arXiv 2002.04839), eps outside the root.
     """
+    if isinstance(step, Tensor):
+        step = step.double()  # in float32 the first corrections would round to 1e-5
+    correction, rate = 1 - betas[1] ** step, -lr / (1 - betas[0] ** step)
+    if isinstance(correction, Tensor):
+        correction = correction.to(params[0].dtype)
+    if isinstance(rate, Tensor):
+        rate = rate.to(params[0].dtype)
     torch._foreach_lerp_(nu, list(torch._foreach_mul(grads, grads)), 1 - betas[1])
-    denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, 1 - betas[1] ** step))))
+    denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, correction))))
     torch._foreach_add_(denominator, eps)
     torch._foreach_lerp_(mu, list(torch._foreach_div(grads, denominator)), 1 - betas[0])
-    torch._foreach_add_(params, mu, alpha=-lr / (1 - betas[0] ** step))
+    torch._foreach_add_(params, list(torch._foreach_mul(mu, rate)))
 
 
 @torch.no_grad()
@@ -71,8 +80,8 @@ def agc_laprop(
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     clip: float,
     beta1: float = 0.9,
     beta2: float = 0.999,

@@ -44,6 +44,8 @@ def register(
 
     setup, backward = autograd or (None, refuse)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
+    for device in ("cpu", "cuda"):  # what a product under autocast left in a smaller type
+        torch.library.register_autocast(qualified, device, torch.float32, lib=_OPERATORS)
 
 
 def serve(name: str, function: Callable) -> None:

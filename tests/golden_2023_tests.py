@@ -332,7 +332,8 @@ class TestTrainStep2023(Case2023):
         close(embed, t["step1/wm/embedded_obs"].transpose(0, 1), tol.forward, "embedding")
         previous = torch.nn.functional.pad(batch["action"][:, :-1], (0, 0, 1, 0))
         noise = golden.no_noise().post
-        states, post, prior = model.rssm.observe(None, embed, previous, first, noise)
+        states, post = model.rssm.observe(None, embed, previous, first, noise)
+        prior = model.rssm.prior(states.deter)
         feat = model.rssm.features(states)
         for ours, theirs in (
             (post, "posterior_logits"),

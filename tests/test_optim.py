@@ -53,6 +53,20 @@ def test_equals_the_reference(operator, isa):
     )
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_the_reference_takes_steps_and_rates_as_tensors(dtype):
+    """As a captured step does, whose count is on the device. 1 - 0.999 needs float64 in there."""
+
+    def by_tensors(*args):
+        lists, step, lr, clip = args[:4], *args[4:]
+        rate = torch.tensor(lr, dtype=torch.float64)
+        return optim.agc_laprop(*lists, torch.tensor(step), rate, clip)
+
+    lists, tolerance = inputs_of(dtype), {torch.float32: 3e-7, torch.float64: 1e-15}[dtype]
+    actual, expected = steps(by_tensors, lists), steps(optim.agc_laprop, lists)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_float64_equals_the_reference(operator):
     lists = inputs_of(torch.float64)
     torch.testing.assert_close(
