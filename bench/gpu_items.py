@@ -29,14 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import operators, update
 from bench.results import ROOT
-from bench.workload import Workload
+from bench.workload import PLAIN, Workload
 from fastdreamer.config import PRESETS
+from fastdreamer.execution import Execution
 from fastdreamer.kernels import resolve
 
 Row = dict[str, Any]
 
 MEMCHECKED = "rssm or lambda_return"  # tests that compute-sanitizer runs
 PROFILED = 5  # updates
+EXECUTIONS = {
+    "cpu": {"eager": PLAIN},
+    "cuda": {
+        "eager": Execution("bf16", compile=False, graph=False),
+        "compiled and captured": Execution("bf16", compile=True, graph=True),
+    },
+}
 ATARI = ("atari100k-2025", "atari100k")
 QUIET = ("--log.no-progress", "--eval-episodes", "0")
 TRAIN = (sys.executable, "-m", "fastdreamer.train", *QUIET)
@@ -74,20 +82,23 @@ def _pytest(backend: str, device: str, *more: str, interpret: bool = False) -> R
 
 def synchronisation(workload: tuple[str, str, str], device: str) -> list[Row]:
     """Whether an update waits for the device, or reads from it."""
-    chosen = Workload(*workload, device)
-    step = chosen.update(resolve("auto", device))
-    step(), step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    except RuntimeError as error:
-        return [{"ok": False, "error": str(error).splitlines()[0]}]
-    finally:
+    rows = []
+    for name, execution in EXECUTIONS[device].items():
+        step = Workload(*workload, device).update(resolve("auto", device), execution)
+        step(), step()
         if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    return [{"ok": True}]
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        row: Row = {"execution": name, "ok": True}
+        try:
+            step()
+        except RuntimeError as error:
+            row |= {"ok": False, "error": str(error).splitlines()[0]}
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        rows.append(row)
+    return rows
 
 
 def whole_update(workload: tuple[str, str, str], others: str, device: str) -> list[Row]:
@@ -106,7 +117,7 @@ def profile(workload: tuple[str, str, str], device: str) -> list[Row]:
     from torch.profiler import profile as profiler
 
     chosen = Workload(*workload, device)
-    step = chosen.update(resolve("auto", device))
+    step = chosen.update(resolve("auto", device), list(EXECUTIONS[device].values())[-1])
     clock = update.Clock(device)
     for _ in range(3):
         clock.time(step)

@@ -147,7 +147,9 @@ class TestItems:
     """Each item's own logic, on the CPU."""
 
     def test_synchronisation(self):
-        assert gpu_items.synchronisation(gpu.SMALL[0], "cpu") == [{"ok": True}]
+        assert gpu_items.synchronisation(gpu.SMALL[0], "cpu") == [
+            {"execution": "eager", "ok": True}
+        ]
 
     def test_profile(self):
         (row,) = gpu_items.profile(gpu.SMALL[0], "cpu")
