@@ -35,13 +35,14 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS: tuple[str, ...] = ()
+TRITON_STEMS = ("lambda_return", "twohot", "unimix")
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "lambda_return": {
         "reference": lambda_return,
         "cpp": torch.ops.fastdreamer.lambda_return.default,
+        "triton": torch.ops.fastdreamer.lambda_return.default,
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
@@ -49,16 +50,41 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
     "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
     "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
-    "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
-    "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
-    "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},
+    "unimix": {
+        "reference": unimix.unimix,
+        "cpp": torch.ops.fastdreamer.unimix.default,
+        "triton": torch.ops.fastdreamer.unimix.default,
+    },
+    "entropy": {
+        "reference": unimix.entropy,
+        "cpp": torch.ops.fastdreamer.entropy.default,
+        "triton": torch.ops.fastdreamer.entropy.default,
+    },
+    "kl": {
+        "reference": unimix.kl,
+        "cpp": torch.ops.fastdreamer.kl.default,
+        "triton": torch.ops.fastdreamer.kl.default,
+    },
     "balanced_kl": {
         "reference": unimix.balanced_kl,
         "cpp": torch.ops.fastdreamer.balanced_kl.default,
+        "triton": torch.ops.fastdreamer.balanced_kl.default,
     },
-    "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
-    "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
-    "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
+    "sample": {
+        "reference": unimix.sample,
+        "cpp": torch.ops.fastdreamer.sample.default,
+        "triton": torch.ops.fastdreamer.sample.default,
+    },
+    "twohot_loss": {
+        "reference": twohot_loss,
+        "cpp": compiled_twohot_loss,
+        "triton": compiled_twohot_loss,
+    },
+    "twohot_mean": {
+        "reference": twohot_mean,
+        "cpp": torch.ops.fastdreamer.twohot_mean.default,
+        "triton": torch.ops.fastdreamer.twohot_mean.default,
+    },
     "agc_laprop": {
         "reference": optim.agc_laprop,
         "cpp": torch.ops.fastdreamer.agc_laprop.default,
