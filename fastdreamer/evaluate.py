@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +73,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     _check(options)
     from fastdreamer.evaluation import (
         agent_policy,
+        play,
         random_policy,
         run_episodes,
         standard_errors,
@@ -81,28 +83,30 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     saved, config = _subject(options)
     count = min(options.num_envs, options.episodes)
-    envs = (
-        saved.envs(count, options.seed)
-        if saved
-        else make_envs(config.task, count, options.seed, config.env)
-    )
+
+    def make() -> VectorEnv:
+        if saved is not None:
+            return saved.envs(count, options.seed)
+        return make_envs(config.task, count, options.seed, config.env)
+
+    chance = partial(random_policy, seed=options.seed)
+    envs = make()
     try:
         with _Watch(options, envs) as watch:
             if saved is None:
-                policy = random_policy(envs, options.seed)
+                policy = chance(envs)
             else:
                 agent = saved.agent(envs, choose_device(options.device))
                 policy = agent_policy(agent, count, options.seed, options.mode)
             ours = summarise(run_episodes(envs, policy, options.episodes, watch))
-        result = _described(options, saved, config) | asdict(ours)
-        if saved is not None and options.random:
-            chance = random_policy(envs, options.seed)
-            theirs = summarise(run_episodes(envs, chance, options.episodes))
-            result["random"] = asdict(theirs)
-            result["difference"] = ours.mean - theirs.mean
-            result["standard_errors"] = standard_errors(ours, theirs)
     finally:
         envs.close()
+    result = _described(options, saved, config) | asdict(ours)
+    if saved is not None and options.random:
+        theirs = summarise(play(make, chance, options.episodes))
+        result["random"] = asdict(theirs)
+        result["difference"] = ours.mean - theirs.mean
+        result["standard_errors"] = standard_errors(ours, theirs)
     result |= _published(result)
     if options.video is not None:
         with writing(options.video) as path:

@@ -104,15 +104,11 @@ def predict(
 
 def _observe(agent: Agent, obs: Mapping[str, Tensor], action: Tensor, noise: Tensor) -> list[State]:
     """T posterior states (B, ...) from the initial state on; action (B, T, A)."""
-    rssm, carry = agent.world_model.rssm, agent.initial_carry(len(action))
-    scan = rssm.start_scan(agent.world_model.encoder(obs))
-    state, last, states = carry.state, carry.action, []
-    for t in range(action.shape[1]):
-        first = torch.full((len(action),), t == 0, device=action.device)
-        state, _ = rssm.observe_step(state, last, scan, scan.embedded[:, t], first, noise[:, t])
-        states.append(state)
-        last = action[:, t]
-    return states
+    first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
+    first[:, 0] = True
+    model, previous = agent.world_model, action.roll(1, 1)  # that of step 0 is masked
+    states, _, _ = model.rssm.observe(None, model.encoder(obs), previous, first, noise)
+    return [State(*x) for x in zip(states.deter.unbind(1), states.stoch.unbind(1), strict=True)]
 
 
 def _open_loop(agent: Agent, observed: list[State], action: Tensor, noise: Tensor) -> list[State]:
