@@ -55,23 +55,28 @@ def updated(learner: Learner) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_compiled_losses_equal_eager_ones(ops, recipe, compiler):
+@pytest.mark.parametrize(
+    ("served_by", "recipe", "compiler"),
+    [
+        *((ops, recipe, "aot_eager") for ops in ("reference", "cpp") for recipe in RECIPES),
+        ("reference", "2023", "inductor"),
+        ("cpp", "2025", "inductor"),
+    ],
+)
+def test_compiled_losses_equal_eager_ones(served_by, recipe, compiler):
     """Each method is one graph with the backend's operators in it.
 
-    The graph has the same operators in the same order, but for what Inductor fuses: sums of up to
-    16 * 16 * 3 float32 terms in another order. The first steps of Adam and LaProp divide by the
-    gradient: where that is round-off, they move by the rate, 1e-4 at most, either way.
+    Inductor adds up to 16 * 16 * 3 float32 terms in another order: 1e-5 of a sum covers it. The
+    first steps of Adam and LaProp divide by the gradient: where that is round-off, they may go by
+    the rate, at most 1e-4, either way.
     """
     torch._dynamo.reset()
-    eager, compiled = (tiny_learner(recipe, ops) for _ in range(2))
+    eager, compiled = (tiny_learner(recipe, resolve(served_by)) for _ in range(2))
     compile_losses(compiled, compiler)
     ours, theirs = updated(compiled), updated(eager)
     for name, value in theirs.items():
-        rate = 2.1e-4 if "." in name else 1e-5
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=rate, msg=name)
-    assert compiled.agent.spec.sizes == eager.agent.spec.sizes
+        step = 2.1e-4 if name in eager.agent.state_dict() else 1e-6
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=step, msg=name)
 
 
 def test_what_is_compiled_exists():
