@@ -348,10 +348,10 @@ class Decoder(nn.Module):
         recon: dict[str, Tensor] = {}
         if self.images:
             x = self.stem(deter, stoch).flatten(0, -4)
-            x = self.cnn(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+            x = full(self.cnn(x.contiguous(memory_format=torch.channels_last))).permute(0, 2, 3, 1)
             if self.recipe.conv == "pool":
                 x = torch.sigmoid(x)
-            parts = full(x).unflatten(0, deter.shape[:-1]).split(self.channels, -1)
+            parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))

@@ -180,8 +180,8 @@ def _served(ops: Ops) -> str:
 def _execution(trainer: Trainer) -> str:
     """How it is computed; where a checkpoint is of another precision, that too."""
     before, now = trainer.resumed_precision, trainer.execution.precision
-    resumed = f" (until step {trainer.step:,} in {before})" if before != now else ""
-    return f"{trainer.execution}{resumed}"
+    resumed = f" (until step {trainer.step:,} {before})" if before != now else ""
+    return str(trainer.execution).replace(now, now + resumed, 1)
 
 
 def _measure(trainer: Trainer) -> tuple[float, float]:

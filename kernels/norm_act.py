@@ -29,7 +29,7 @@ def norm_act(
 
     Args:
         x: (..., N), N > 0.
-        scale: (N,).
+        scale: (N,), of x's dtype or a wider one, in which it is computed.
         shift: (N,), or None for none; RMSNorm has none.
         kind: "layer" or "rms".
         eps: what is added to the variance.
@@ -46,11 +46,12 @@ def norm_act(
     floating dtype and device; the operator computes float32 in C++ and float64 in PyTorch.
     """
     _check_shapes(x, scale, shift, kind)
+    wide = x.to(scale.dtype)
     if kind == "layer":
-        y = F.layer_norm(x, scale.shape, scale, shift, eps)
+        y = F.layer_norm(wide, scale.shape, scale, shift, eps)
     else:
-        y = F.rms_norm(x, scale.shape, scale, eps)
-    return F.silu(y) if silu else y
+        y = F.rms_norm(wide, scale.shape, scale, eps)
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def _check_shapes(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> None:
@@ -186,5 +187,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dscale, None if shift is None else dshift, None, None, None
 
 
-register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward))
+register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward), autocast=("cpu",))
 register("norm_act_backward", BACKWARD_SCHEMA, _cpu_backward, _fake_backward)

@@ -20,6 +20,7 @@ def register(
     cpu: Callable,
     fake: Callable,
     autograd: tuple[Callable, Callable] | None = None,
+    autocast: tuple[str, ...] = ("cpu", "cuda"),
 ) -> None:
     """Define ``torch.ops.fastdreamer.<name>``.
 
@@ -29,6 +30,7 @@ def register(
         autograd: ``setup_context`` and ``backward``; None for an operator that is itself a
             backward pass, or has none: differentiating it raises RuntimeError. One that changes
             its arguments (``!`` in the schema) takes tensors without gradient.
+        autocast: where, within ``torch.autocast``, its inputs are converted to float32.
     """
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _OPERATORS.impl(name, cpu, "CPU")
@@ -44,7 +46,7 @@ def register(
 
     setup, backward = autograd or (None, refuse)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
-    for device in ("cpu", "cuda"):  # what a product under autocast left in a smaller type
+    for device in autocast:
         torch.library.register_autocast(qualified, device, torch.float32, lib=_OPERATORS)
 
 

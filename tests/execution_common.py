@@ -32,7 +32,8 @@ def tiny_learner(recipe: str, ops: Ops, **options: float) -> Learner:
     agent = Agent(OBS, ACTIONS[recipe], model, RECIPES[recipe], ops)
     with torch.no_grad():  # the heads that start at 0 would hide what is behind them
         for head in (agent.world_model.reward, agent.critic):
-            torch.nn.init.normal_(head.out.weight, std=0.1)
+            std = 1e-7 if RECIPES[recipe].bins == "symexp" else 0.1  # the last bin is 5e8 or 20
+            torch.nn.init.normal_(head.out.weight, std=std)
     config = LearnerConfig(batch_size=B, batch_length=T, horizon=4, **{"warmup": 0, **options})
     return Learner.make(agent, config)
 

@@ -25,6 +25,7 @@ from fastdreamer import checkpoint, plan
 from fastdreamer.cli import parse_config
 from fastdreamer.config import PRESETS, SIZES
 from fastdreamer.errors import UsageError, UserError
+from fastdreamer.loading import load_agent
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
@@ -301,6 +302,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
         checkpoint.find_all(d / "checkpoints")[-1].load()["agent"] for d in (whole, cut)
     )
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path, capsys):
+    """Checkpoints hold float32, and say what the updates before them ran in."""
+    run(tmp_path, "--steps", "70", "--precision", "bf16")
+    assert "\nprecision bf16, compile off, graph off\n" in capsys.readouterr().out
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    assert all(v.dtype == torch.float32 for v in saved.load()["agent"].values())
+    assert load_agent(tmp_path).bf16
+    trainer = run(tmp_path, "--steps", "80")
+    assert "precision fp32 (until step 70 bf16), compile off" in capsys.readouterr().out
+    assert not trainer.agent.bf16 and not load_agent(tmp_path).bf16
+    assert [line["updates"] for line in lines(tmp_path) if "kl" in line] == list(range(1, 9))
 
 
 def test_resume_does_not_burst(tmp_path):
