@@ -117,7 +117,7 @@ def measure(options: Options) -> dict[str, Any]:
     except RuntimeError as error:
         raise UsageError(f"--backend: {error}") from None
     load = os.getloadavg()[0]
-    gate(workload.recipe, ops)
+    gate(workload, ops)
     clock = Clock(workload.device)
     ours, tried = clock.best("ours", own_settings(workload, ops))
     others = {
@@ -144,10 +144,10 @@ def measure(options: Options) -> dict[str, Any]:
             name: best.summary()
             | {
                 "version": rivals.installed_version(name),
-                "tried": tried,
+                "tried": attempts,
                 "compile": options.compile,
             }
-            for name, (best, tried) in others.items()
+            for name, (best, attempts) in others.items()
         },
         "ratio": ratio(ours, [best for best, _ in others.values()]),
         **floor(workload.flops(), peaks, ours.seconds),
@@ -214,17 +214,22 @@ def memory(device: str) -> dict[str, int]:
     return {"allocated_bytes": torch.cuda.max_memory_allocated(), "held_bytes": total - free}
 
 
-def gate(recipe: str, ops: Ops) -> None:
+def gate(workload: Workload, ops: Ops) -> None:
     """Run the golden tests of the recipe, which compare with the original implementation.
 
     Raises:
         UserError: they fail.
     """
+    recipe, device = workload.recipe, workload.device
     folders = sorted((ROOT / "tests" / "golden").glob(f"v{recipe}*"))
     golden = [argument for folder in folders for argument in ("--golden", str(folder))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_golden.py", *golden]
     done = subprocess.run(
-        [*command, "--backend", ops.backend], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--device", device, "--backend", ops.backend],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:]

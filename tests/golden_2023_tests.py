@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_2023 import Golden2023
-from golden_common import TOLERANCES, Tolerance, close, leaf
+from golden_common import TOLERANCES, Arrays, Tolerance, close, leaf
 from gymnasium.spaces import Box, Discrete
 
 from fastdreamer.agent import ActNoise, Agent
@@ -437,7 +437,7 @@ class TestTrainStep2023(Case2023):
             pytest.skip("the set has no such variant")
         golden = Golden2023(folder_2023, torch.float32, ops)
         tol, learner = TOLERANCES[torch.float32], golden.learner()
-        arrays = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+        arrays = Arrays(path, torch.float32)
         agent, names = learner.agent, golden.names(learner.agent)
         for name, parameter in agent.target_critic.named_parameters():
             theirs = names[f"target_critic.{name}"].replace("target_critic", "target_critic_used")
@@ -477,7 +477,7 @@ def test_initialisation_2023(folder_2023, ops):
     agent = Agent(golden.obs_space, space, golden.model(), golden.recipe, ops)
     names = golden.names(agent)
     for name, parameter in golden.trained(agent).items():
-        ours, theirs = parameter.detach().numpy(), pristine[names[name]]
+        ours, theirs = parameter.detach().cpu().numpy(), pristine[names[name]]
         if theirs.std() == 0:
             assert (ours == theirs).all(), name
         elif ours.size >= 64:
