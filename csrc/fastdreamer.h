@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 3
+#define FD_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -28,11 +28,15 @@ enum fd_error {
   FD_ERROR_DTYPE = 3,
   FD_ERROR_ISA = 4,
   FD_ERROR_INDEX = 5,
+  FD_ERROR_UNSUPPORTED = 6,
+  FD_ERROR_WORKSPACE = 7,
+  FD_ERROR_DEVICE = 1000, /* and above it the device's own error code */
 };
 
 enum fd_dtype {
   FD_FLOAT32 = 0,
   FD_FLOAT64 = 1,
+  FD_BFLOAT16 = 2,
 };
 
 /* Instruction sets of the CPU library, from the slowest to the fastest. */
@@ -52,6 +56,15 @@ FD_API int32_t fd_set_isa(int32_t isa);
 /* Lends the CPU library a pool of threads: the address of GOMP_parallel in the caller's OpenMP
  * runtime (null: one thread). */
 FD_API int32_t fd_set_threads(void* gomp_parallel, int64_t threads);
+
+/* How a scan runs on a device other than the CPU, whose library takes null. Where `workspace` is
+ * null, a call only sets workspace_bytes to what it needs there; any contents will do. */
+typedef struct fd_launch {
+  int32_t compute; /* type of the products' factors: FD_FLOAT32 or FD_BFLOAT16; sums are float32 */
+  void* workspace; /* on the device, aligned to 16 bytes */
+  int64_t workspace_bytes;
+  void* stream;
+} fd_launch;
 
 /* A linear layer, with norm and SiLU behind it where `scale` is not null. */
 typedef struct fd_layer {
@@ -108,7 +121,7 @@ typedef struct fd_observe {
   float* posterior;            /* (B, T, U) before the posterior's norm */
 } fd_observe;
 
-FD_API int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan);
+FD_API int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan, fd_launch* launch);
 
 /* Gradients of everything before a norm or, of the logits, behind the last product; what of the
  * weights follows is one product over all steps. */
@@ -126,7 +139,7 @@ typedef struct fd_observe_grad {
 } fd_observe_grad;
 
 FD_API int32_t fd_rssm_observe_backward(
-    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad);
+    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad, fd_launch* launch);
 
 /* Rollout of N rows over H steps of the prior under a policy on features of deter and stoch. */
 typedef struct fd_imagine {
@@ -148,7 +161,8 @@ typedef struct fd_imagine {
   const fd_layer* heads;      /* a discrete part: logits; a continuous one: mean, std */
 } fd_imagine;
 
-FD_API int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout);
+FD_API int32_t fd_rssm_imagine(
+    const fd_rssm* model, const fd_imagine* rollout, fd_launch* launch);
 
 /* The one-hot share of a linear layer, FD_FLOAT32: y (N, O) += for each of S latents the row of
  * table (S K, O) that its class names; index (N, S), -1: none. Backward: dtable += dy likewise. */

@@ -1,6 +1,7 @@
-"""Loads the compiled C library that lies in this folder and calls its functions by ctypes.
+"""Loads the compiled C libraries that lie in this folder and calls their functions by ctypes.
 
-FASTDREAMER_LIBRARY names another file to load instead, such as one built with sanitizers.
+FASTDREAMER_LIBRARY names another file to load as the CPU library, such as one built with
+sanitizers.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import re
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 CPU_LIBRARY = Path(
     os.environ.get("FASTDREAMER_LIBRARY") or Path(__file__).with_name("libfastdreamer_cpu.so")
 )
+CUDA_LIBRARY = Path(__file__).with_name("libfastdreamer_cuda.so")
 DTYPES = {torch.float32: 0, torch.float64: 1}
+COMPUTE_DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 MATRIX = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))  # an input: data, strides
 OUTPUT = (ctypes.c_void_p,)  # also a contiguous input
@@ -30,23 +33,25 @@ FLOAT = (ctypes.c_float,)
 DTYPE_AND_STREAM = (ctypes.c_int32, ctypes.c_void_p)
 
 
-def unavailable_reason() -> str | None:
-    """Why the CPU library cannot be used, or None if it can."""
+def unavailable_reason(device_type: str = "cpu") -> str | None:
+    """Why the library for a type of device cannot be used, or None if it can."""
     try:
-        _load()
+        _load(device_type)
     except RuntimeError as error:
         return str(error)
     return None
 
 
 @cache
-def function(name: str, signature: tuple[Any, ...]) -> Callable[..., None]:
-    """The C function ``name`` with these argument types.
+def function(
+    name: str, signature: tuple[Any, ...], device_type: str = "cpu"
+) -> Callable[..., None]:
+    """The C function ``name`` with these argument types, of the library for a type of device.
 
     Raises RuntimeError with the reason if the library cannot be used; the function itself raises
     RuntimeError with the library's message where it returns an error code.
     """
-    library = _load()
+    library = _load(device_type)
 
     def check(error: int, *_: object) -> None:
         if error:
@@ -55,13 +60,15 @@ def function(name: str, signature: tuple[Any, ...]) -> Callable[..., None]:
     try:
         c_function = library[name]
     except AttributeError:
-        raise RuntimeError(f"{CPU_LIBRARY.name} lacks {name}: install fastdreamer again") from None
+        file = _path(device_type).name
+        raise RuntimeError(f"{file} lacks {name}: install fastdreamer again") from None
     c_function.argtypes = signature
     c_function.restype = ctypes.c_int32
     c_function.errcheck = check  # type: ignore[assignment]
 
     def call(*arguments: Any) -> None:
-        _lend_threads(torch.get_num_threads())
+        if device_type == "cpu":
+            _lend_threads(torch.get_num_threads())
         c_function(*arguments)
 
     return call
@@ -83,6 +90,44 @@ class Arguments(ctypes.Structure):
                 assert value.is_contiguous(), name
                 values[name] = value.data_ptr()
         return cls(**values)
+
+
+class Launch(Arguments):
+    """``fd_launch``."""
+
+    _fields_: ClassVar = [
+        ("compute", ctypes.c_int32),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+def serves(x: Tensor) -> str:
+    """The type of device whose library serves a tensor."""
+    return x.device.type
+
+
+def launch(name: str, on: Tensor, compute: torch.dtype, *structures: ctypes.Structure) -> None:
+    """Call ``name`` by the library of the device that ``on`` is on, in its current stream.
+
+    Args:
+        compute: float32 or bfloat16, what a GPU multiplies in; the CPU library takes float32.
+    """
+    kind = serves(on)
+    signature = (*(ctypes.POINTER(type(x)) for x in structures), ctypes.POINTER(Launch))
+    call = function(name, signature, kind)
+    pointers = [ctypes.byref(x) for x in structures]
+    if kind == "cpu":
+        call(*pointers, None)
+        return
+    with torch.cuda.device_of(on):
+        stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else None
+        launching = Launch(compute=COMPUTE_DTYPES[compute], stream=stream)
+        call(*pointers, launching)
+        workspace = on.new_empty(launching.workspace_bytes, dtype=torch.uint8)
+        launching.workspace = workspace.data_ptr()
+        call(*pointers, launching)
 
 
 ISAS = ("portable", "avx2", "avx512")  # as in csrc/fastdreamer.h
@@ -124,22 +169,28 @@ def _gomp_parallel() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
+def _path(device_type: str) -> Path:
+    return CPU_LIBRARY if device_type == "cpu" else CUDA_LIBRARY
+
+
 @cache
-def _load() -> ctypes.CDLL:
-    if not CPU_LIBRARY.exists():
+def _load(device_type: str = "cpu") -> ctypes.CDLL:
+    path = _path(device_type)
+    language, compiler = ("C++", "a C++17 compiler") if device_type == "cpu" else ("CUDA", "nvcc")
+    if not path.exists():
         raise RuntimeError(
-            "the C++ library of fastdreamer is not built "
-            f"({CPU_LIBRARY.name} is missing in {CPU_LIBRARY.parent}): "
-            "install a C++17 compiler, then install fastdreamer again"
+            f"the {language} library of fastdreamer is not built "
+            f"({path.name} is missing in {path.parent}): "
+            f"install {compiler}, then install fastdreamer again"
         )
     try:
-        library = ctypes.CDLL(str(CPU_LIBRARY))
+        library = ctypes.CDLL(str(path))
         version = library.fd_abi_version()
     except (OSError, AttributeError) as error:
-        raise RuntimeError(f"{CPU_LIBRARY.name} cannot be loaded: {error}") from error
+        raise RuntimeError(f"{path.name} cannot be loaded: {error}") from error
     if version != ABI_VERSION:
         raise RuntimeError(
-            f"{CPU_LIBRARY.name} has interface version {version}, this fastdreamer needs "
+            f"{path.name} has interface version {version}, this fastdreamer needs "
             f"{ABI_VERSION}: install fastdreamer again"
         )
     library.fd_error_string.restype = ctypes.c_char_p

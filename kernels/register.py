@@ -20,6 +20,7 @@ def register(
     cpu: Callable,
     fake: Callable,
     autograd: tuple[Callable, Callable] | None = None,
+    cuda: Callable | None = None,
     autocast: tuple[str, ...] = ("cpu", "cuda"),
 ) -> None:
     """Define ``torch.ops.fastdreamer.<name>``.
@@ -30,10 +31,13 @@ def register(
         autograd: ``setup_context`` and ``backward``; None for an operator that is itself a
             backward pass, or has none: differentiating it raises RuntimeError. One that changes
             its arguments (``!`` in the schema) takes tensors without gradient.
+        cuda: computes it on a GPU by the CUDA library, if that has the operator.
         autocast: where, within ``torch.autocast``, its inputs are converted to float32.
     """
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _OPERATORS.impl(name, cpu, "CPU")
+    if cuda:
+        _OPERATORS.impl(name, cuda, "CUDA")
     qualified = f"fastdreamer::{name}"
     torch.library.register_fake(qualified, fake, lib=_OPERATORS)
     if "!" in schema:

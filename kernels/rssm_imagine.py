@@ -16,16 +16,17 @@ from . import library
 from .library import Arguments
 from .rssm_weights import (
     MAX_BLOCKS,
+    MAX_CUDA_PARTS,
     MAX_HEADS,
     MAX_LAYERS,
     CLayer,
-    CModel,
     Layer,
     RSSMWeights,
     c_layer,
     c_model,
     check_shapes,
     check_weights,
+    compute_type,
     contiguous,
     drawn,
     layer_shapes,
@@ -121,10 +122,6 @@ class CImagine(Arguments):
     ]
 
 
-SIGNATURE = (ctypes.POINTER(CModel), ctypes.POINTER(CImagine))
-
-
-@torch.no_grad()
 def rssm_imagine_cpp(
     weights: RSSMWeights,
     policy: PolicyWeights,
@@ -140,13 +137,48 @@ def rssm_imagine_cpp(
     Other types, and models beyond the library's limits (8 layers, 64 blocks, 32 parts of an
     action), are served by the reference.
     """
-    heads = [layer for head in policy.heads for layer in head]
+    arguments = (weights, policy, deter, stoch, noise, action_noise)
+    if not _fits(weights, policy, deter, MAX_HEADS // 2):
+        return rssm_imagine(*arguments)
+    return _compute(*arguments, torch.float32)
+
+
+def rssm_imagine_cuda(
+    weights: RSSMWeights,
+    policy: PolicyWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    action_noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rssm_imagine` by the CUDA library, from and to float32.
+
+    It multiplies in bfloat16 where autocast says so, else in float32. Other types, and models that
+    the library does not take (as with C++, and 8 parts), are served by the reference.
+    """
+    arguments = (weights, policy, deter, stoch, noise, action_noise)
+    if not _fits(weights, policy, deter, MAX_CUDA_PARTS):
+        return rssm_imagine(*arguments)
+    return _compute(*arguments, compute_type())
+
+
+def _fits(weights: RSSMWeights, policy: PolicyWeights, deter: Tensor, parts: int) -> bool:
     layers = max(len(policy.layers), len(weights.prior))
-    fits = (
-        layers <= MAX_LAYERS and weights.blocks <= MAX_BLOCKS and 2 * len(policy.heads) <= MAX_HEADS
-    )
-    if deter.dtype != torch.float32 or not fits:
-        return rssm_imagine(weights, policy, deter, stoch, noise, action_noise)
+    fits = layers <= MAX_LAYERS and weights.blocks <= MAX_BLOCKS and len(policy.heads) <= parts
+    return fits and deter.dtype == torch.float32
+
+
+@torch.no_grad()
+def _compute(
+    weights: RSSMWeights,
+    policy: PolicyWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    action_noise: Tensor,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = [layer for head in policy.heads for layer in head]
     _check(weights, policy, deter, stoch, noise, action_noise)
     weights = contiguous(weights)
     rows, horizon = noise.shape[:2]
@@ -175,7 +207,7 @@ def rssm_imagine_cpp(
         heads=(CLayer * len(heads))(*map(c_layer, heads)),
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
-    library.function("fd_rssm_imagine", SIGNATURE)(ctypes.byref(model), ctypes.byref(rollout))
+    library.launch("fd_rssm_imagine", deter, compute, model, rollout)
     return feat, index, actions
 
 

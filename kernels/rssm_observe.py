@@ -25,6 +25,7 @@ from .rssm_weights import (
     RSSMWeights,
     c_model,
     check_weights,
+    compute_type,
     contiguous,
     drawn,
 )
@@ -109,6 +110,43 @@ def rssm_observe_cpp(
     """
     if embedded.dtype != torch.float32 or weights.blocks > MAX_BLOCKS:
         return rssm_observe(weights, start_deter, start_stoch, action, embedded, is_first, noise)
+    scan = (start_deter, start_stoch, action, embedded, is_first, noise)
+    return _operator(weights, *scan, torch.float32)
+
+
+def rssm_observe_cuda(
+    weights: RSSMWeights,
+    start_deter: Tensor,
+    start_stoch: Tensor,
+    action: Tensor,
+    embedded: Tensor,
+    is_first: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rssm_observe` by the CUDA library, from and to float32.
+
+    It multiplies in bfloat16 where autocast says so, else in float32. Other types, and models that
+    the library does not take, are served by the reference.
+    """
+    scan = (start_deter, start_stoch, action, embedded, is_first, noise)
+    compute = compute_type()
+    if compute == torch.bfloat16:
+        embedded = embedded.float()
+    if embedded.dtype != torch.float32 or weights.blocks > MAX_BLOCKS:
+        return rssm_observe(weights, *scan)
+    return _operator(weights, *scan[:3], embedded, is_first, noise, compute)
+
+
+def _operator(
+    weights: RSSMWeights,
+    start_deter: Tensor,
+    start_stoch: Tensor,
+    action: Tensor,
+    embedded: Tensor,
+    is_first: Tensor,
+    noise: Tensor,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fastdreamer.rssm_observe(
         _flatten(weights),
         start_deter.detach(),
@@ -120,6 +158,7 @@ def rssm_observe_cpp(
         noise,
         weights.eps,
         weights.mix,
+        compute,
     )[:3]
 
 
@@ -183,7 +222,8 @@ class CObserveGrad(Arguments):
 
 SCHEMA = (
     "(Tensor[] weights, Tensor start_deter, Tensor start_index, Tensor initial_index, "
-    "Tensor action, Tensor embedded, Tensor is_first, Tensor noise, float eps, float mix) -> "
+    "Tensor action, Tensor embedded, Tensor is_first, Tensor noise, float eps, float mix, "
+    "ScalarType compute) -> "
     "(Tensor deter, Tensor stoch, Tensor logp, Tensor index, Tensor inputs, Tensor hidden, "
     "Tensor gates, Tensor posterior)"
 )
@@ -191,7 +231,7 @@ BACKWARD_SCHEMA = (
     "(Tensor[] weights, Tensor start_deter, Tensor start_index, Tensor initial_index, "
     "Tensor action, Tensor is_first, Tensor deter, Tensor logp, Tensor index, "
     "Tensor inputs, Tensor hidden, Tensor gates, Tensor posterior, Tensor ddeter, Tensor dstoch, "
-    "Tensor dlogp, float eps, float mix) -> (Tensor dinputs, Tensor dhidden, Tensor dgates, "
+    "Tensor dlogp, float eps, float mix, ScalarType compute) -> (Tensor dinputs, Tensor dhidden, Tensor dgates, "
     "Tensor dposterior, Tensor dlogits, Tensor dinitial, Tensor dnorm)"
 )
 
@@ -213,6 +253,7 @@ def _fake(
     noise: Tensor,
     eps: float,
     mix: float,
+    compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
     weights = _unflatten(tensors, noise.shape[-1], eps, mix)
     _check(weights, start_deter, start_index, initial_index, action, embedded, is_first, noise)
@@ -259,7 +300,7 @@ def _check(
     check_weights("rssm_observe", weights, action.shape[-1], weights.posterior)
 
 
-def _cpu(
+def _compute(
     tensors: list[Tensor],
     start_deter: Tensor,
     start_index: Tensor,
@@ -270,17 +311,18 @@ def _cpu(
     noise: Tensor,
     eps: float,
     mix: float,
+    compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
     starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
     embedded, noise = embedded.contiguous(), noise.contiguous()
-    arguments: list[Any] = [*starts[:4], embedded, starts[4], noise, eps, mix]
+    arguments: list[Any] = [*starts[:4], embedded, starts[4], noise, eps, mix, compute]
     outputs = _fake(tensors, *arguments)
     weights = contiguous(_unflatten(tensors, noise.shape[-1], eps, mix))
     scan = _scan(weights, starts, outputs)
     scan.embedded, scan.noise = embedded.data_ptr(), noise.data_ptr()
     model = c_model(weights, action.shape[-1], weights.posterior)
-    _call("fd_rssm_observe", model, scan)
-    _deter, stoch, _logp, index, *_ = outputs
+    deter, stoch, _logp, index, *_ = outputs
+    library.launch("fd_rssm_observe", deter, compute, model, scan)
     stoch.zero_().scatter_(-1, index.long().unsqueeze(-1), 1.0)
     return outputs
 
@@ -310,11 +352,6 @@ def _scan(weights: RSSMWeights, starts: Sequence[Tensor], outputs: Sequence[Tens
     )
 
 
-def _call(name: str, *structures: ctypes.Structure) -> None:
-    signature = tuple(ctypes.POINTER(type(x)) for x in structures)
-    library.function(name, signature)(*(ctypes.byref(x) for x in structures))
-
-
 def _fake_backward(
     tensors: list[Tensor],
     start_deter: Tensor,
@@ -334,6 +371,7 @@ def _fake_backward(
     dlogp: Tensor,
     eps: float,
     mix: float,
+    compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
     weights = _unflatten(tensors, logp.shape[-1], eps, mix)
     before, middle, units = _widths(weights)
@@ -342,9 +380,9 @@ def _fake_backward(
     return (*kept, torch.empty_like(weights.initial_deter), deter.new_empty(norms))
 
 
-def _cpu_backward(tensors: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+def _compute_backward(tensors: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     grads = _fake_backward(tensors, *args)
-    *inputs, ddeter, dstoch, dlogp, eps, mix = args
+    *inputs, ddeter, dstoch, dlogp, eps, mix, compute = args
     start_deter, start_index, initial_index, action, is_first, deter, logp, *kept = inputs
     weights = contiguous(_unflatten(tensors, logp.shape[-1], eps, mix))
     starts = [x.contiguous() for x in (start_deter, start_index, initial_index, action, is_first)]
@@ -364,13 +402,14 @@ def _cpu_backward(tensors: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
         dnorm=dnorm,
     )
     model = c_model(weights, action.shape[-1], weights.posterior)
-    _call("fd_rssm_observe_backward", model, scan, grad)
+    library.launch("fd_rssm_observe_backward", deter, compute, model, scan, grad)
     return grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, start_deter, start_index, initial, action, _embedded, is_first, _noise = inputs[:8]
-    ctx.eps, ctx.mix, ctx.count = inputs[8], inputs[9], len(tensors)
+    ctx.eps, ctx.mix, ctx.compute = inputs[8:]
+    ctx.count = len(tensors)
     starts = (start_deter, start_index, initial, action, is_first)
     ctx.save_for_backward(*tensors, *starts, *output)
     ctx.mark_non_differentiable(*output[3:])
@@ -383,12 +422,12 @@ def _backward(
     *starts, deter, stoch, logp, index, inputs, hidden, gates, posterior = saved
     kept = (inputs, hidden, gates, posterior)
     grads = torch.ops.fastdreamer.rssm_observe_backward(
-        tensors, *starts, deter, logp, index, *kept, ddeter, dstoch, dlogp, ctx.eps, ctx.mix
+        tensors, *starts, deter, logp, index, *kept, ddeter, dstoch, dlogp, ctx.eps, ctx.mix, ctx.compute
     )
     weights = _unflatten(tensors, logp.shape[-1], ctx.eps, ctx.mix)
     last = _last_state(weights, starts, deter, stoch)
     dweights = _weight_gradients(weights, last, deter, kept, grads)
-    return (dweights, None, None, None, None, grads[3], None, None, None, None)
+    return (dweights, None, None, None, None, grads[3], None, None, None, None, None)
 
 
 def _last_state(
@@ -468,5 +507,11 @@ def _block_gradients(
     return grads + block_weight_gradients(before, x, z, dhidden, dgates, cell.hidden.shape[0])
 
 
-register("rssm_observe", SCHEMA, _cpu, _fake, (_setup_context, _backward))
-register("rssm_observe_backward", BACKWARD_SCHEMA, _cpu_backward, _fake_backward)
+register("rssm_observe", SCHEMA, _compute, _fake, (_setup_context, _backward), _compute)
+register(
+    "rssm_observe_backward",
+    BACKWARD_SCHEMA,
+    _compute_backward,
+    _fake_backward,
+    cuda=_compute_backward,
+)

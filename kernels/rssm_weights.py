@@ -172,7 +172,14 @@ def contiguous(weights: RSSMWeights) -> RSSMWeights:
     return weights._replace(cell=type(cell)(*parts))  # type: ignore[arg-type]
 
 
-MAX_LAYERS, MAX_BLOCKS, MAX_HEADS = 8, 64, 64
+def compute_type() -> torch.dtype:
+    """What the CUDA library multiplies in: bfloat16 where autocast says so, else float32."""
+    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
+
+
+MAX_LAYERS, MAX_BLOCKS, MAX_HEADS, MAX_CUDA_PARTS = 8, 64, 64, 8
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 

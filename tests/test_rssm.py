@@ -198,7 +198,7 @@ def flat_arguments(cell: str, grad: bool = False) -> tuple[Any, ...]:
     weights, scan = make_weights(draw, cell, SHAPES[0]), make_scan(draw, SHAPES[0])
     start, stoch, *rest = scan
     index = (drawn(stoch), drawn(weights.initial_stoch))
-    return (_flatten(weights), start, *index, *rest, weights.eps, weights.mix)
+    return (_flatten(weights), start, *index, *rest, weights.eps, weights.mix, torch.float32)
 
 
 @cells
@@ -379,8 +379,9 @@ class TestCInterface:
         self.scan = CObserve(B=0, T=0, **pointers)
 
     def call(self, model: object, scan: object) -> None:
-        signature = (ctypes.POINTER(CModel), ctypes.POINTER(CObserve))
-        library.function("fd_rssm_observe", signature)(model, scan)
+        structures = (CModel, CObserve, library.Launch)
+        signature = tuple(ctypes.POINTER(x) for x in structures)
+        library.function("fd_rssm_observe", signature)(model, scan, None)
 
     def test_empty_scan(self):
         self.call(self.model, self.scan)

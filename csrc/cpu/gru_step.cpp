@@ -1,7 +1,6 @@
 // One step of either recurrent cell at the C boundary; the work is in simd/.
-#include "gru.h"
+#include "check.h"
 #include "isa.h"
-#include "tensor.h"
 
 namespace fastdreamer {
 
@@ -10,18 +9,6 @@ FD_DECLARE(void gru_step(
 FD_DECLARE(void gru_step_backward(
     const fd_gru&, int64_t, const float*, const float*, const float*, const float*, float*, float*,
     float*, float*, float*))
-
-int32_t check_gru(const fd_gru& cell) {
-  const bool blocks = cell.cell == FD_CELL_BLOCK_GRU;
-  if (!blocks && (cell.cell != FD_CELL_GRU || cell.blocks != 1)) return FD_ERROR_SIZE;
-  if (cell.deter < 1 || cell.inputs < 1 || cell.blocks < 1 || cell.blocks > kMaxBlocks ||
-      cell.deter % cell.blocks)
-    return FD_ERROR_SIZE;
-  if (any_null({cell.gate_weight, cell.scale})) return FD_ERROR_NULL_POINTER;
-  if (blocks && any_null({cell.hidden_weight, cell.hidden_bias, cell.gate_bias}))
-    return FD_ERROR_NULL_POINTER;
-  return FD_OK;
-}
 
 namespace {
 

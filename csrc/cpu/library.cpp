@@ -11,6 +11,8 @@ const char* fd_error_string(int32_t error) {
     case FD_ERROR_DTYPE: return "this dtype is not supported";
     case FD_ERROR_ISA: return "this processor lacks the instruction set";
     case FD_ERROR_INDEX: return "the index of a class is out of range";
+    case FD_ERROR_UNSUPPORTED: return "the device takes no model of this size";
+    case FD_ERROR_WORKSPACE: return "the workspace is too small or not aligned to 16 bytes";
     default: return "unknown error code";
   }
 }

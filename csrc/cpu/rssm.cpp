@@ -1,7 +1,6 @@
 // The scans of the recurrent state-space model at the C boundary; the work is in simd/.
-#include "gru.h"
+#include "check.h"
 #include "isa.h"
-#include "tensor.h"
 
 namespace fastdreamer {
 
@@ -11,14 +10,6 @@ FD_DECLARE(void rssm_imagine(const fd_rssm&, const fd_imagine&))
 
 namespace {
 
-constexpr int64_t kMaxLayers = 8, kMaxHeads = 64;
-
-bool is_layer(const fd_layer& layer, int64_t inputs, int64_t outputs) {
-  return layer.inputs == inputs && layer.outputs == outputs && layer.stride >= inputs;
-}
-
-bool is_share(float mix) { return mix >= 0 && mix <= 1; }
-
 // Whether all are classes, or -1 for none.
 bool are_classes(const int32_t* index, int64_t count, int64_t classes) {
   bool valid = true;
@@ -26,83 +17,9 @@ bool are_classes(const int32_t* index, int64_t count, int64_t classes) {
   return valid;
 }
 
-int32_t check_model(const fd_rssm& m) {
-  if (int32_t error = check_gru(gru_of(m))) return error;
-  if (m.stoch < 1 || m.classes < 1 || m.action < 1 || m.head_layers < 1 ||
-      m.head_layers > kMaxLayers || !is_share(m.mix))
-    return FD_ERROR_SIZE;
-  const bool blocks = m.cell == FD_CELL_BLOCK_GRU;
-  if (!is_layer(m.in_stoch, m.stoch * m.classes, m.hidden) ||
-      !is_layer(m.in_action, m.action, m.hidden) ||
-      (blocks && !is_layer(m.in_deter, m.deter, m.hidden)))
-    return FD_ERROR_SIZE;
-  if (any_null({m.in_stoch.weight, m.in_stoch.scale, m.in_action.weight}))
-    return FD_ERROR_NULL_POINTER;
-  if (blocks && any_null({m.in_stoch.bias, m.in_action.bias, m.in_action.scale, m.in_deter.weight,
-                          m.in_deter.bias, m.in_deter.scale}))
-    return FD_ERROR_NULL_POINTER;
-  return FD_OK;
-}
-
-// Layers whose widths fit one another, all but the last (of `hidden`: also that) with a norm.
-int32_t check_layers(const fd_layer* layers, int64_t count, int64_t inputs, bool hidden) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!is_layer(layers[i], inputs, layers[i].outputs) || layers[i].outputs < 1)
-      return FD_ERROR_SIZE;
-    if (!layers[i].weight || (!layers[i].scale && (hidden || i + 1 < count)))
-      return FD_ERROR_NULL_POINTER;
-    inputs = layers[i].outputs;
-  }
-  return FD_OK;
-}
-
-int32_t check_observe(const fd_rssm* model, const fd_observe* scan) {
-  if (!model || !scan) return FD_ERROR_NULL_POINTER;
-  if (int32_t error = check_model(*model)) return error;
-  if (scan->B < 0 || scan->T < 0 || model->head_layers != 2) return FD_ERROR_SIZE;
-  if (int32_t error = check_layers(model->head, 2, model->deter, false)) return error;
-  if (model->head[0].outputs != model->hidden ||
-      model->head[1].outputs != model->stoch * model->classes)
-    return FD_ERROR_SIZE;
-  if (scan->B == 0 || scan->T == 0) return FD_OK;
-  const bool hidden = model->cell == FD_CELL_GRU || scan->hidden;
-  if (!hidden || any_null({scan->start_deter, scan->start_index, scan->initial_deter,
-                           scan->initial_index, scan->action, scan->embedded, scan->is_first,
-                           scan->noise, scan->deter, scan->index, scan->logp, scan->inputs,
-                           scan->gates, scan->posterior}))
-    return FD_ERROR_NULL_POINTER;
-  if (!are_classes(scan->start_index, scan->B * model->stoch, model->classes) ||
-      !are_classes(scan->initial_index, model->stoch, model->classes))
-    return FD_ERROR_INDEX;
-  return FD_OK;
-}
-
-int32_t check_imagine(const fd_rssm& model, const fd_imagine& args) {
-  if (args.N < 0 || args.H < 0 || args.policy_layers < 1 || args.policy_layers > kMaxLayers ||
-      args.parts < 1 || args.parts > kMaxHeads / 2 || !is_share(args.policy_mix))
-    return FD_ERROR_SIZE;
-  if (any_null({args.policy, args.part_sizes, args.discrete, args.heads})) return FD_ERROR_NULL_POINTER;
-  const int64_t latent = model.stoch * model.classes;
-  if (int32_t error = check_layers(model.head, model.head_layers, model.deter, false)) return error;
-  if (model.head[model.head_layers - 1].outputs != latent) return FD_ERROR_SIZE;
-  if (int32_t error = check_layers(args.policy, args.policy_layers, model.deter + latent, true))
-    return error;
-  const int64_t units = args.policy[args.policy_layers - 1].outputs;
-  int64_t total = 0, head = 0;
-  for (int64_t i = 0; i < args.parts; total += args.part_sizes[i++])
-    for (int64_t n = args.discrete[i] ? 1 : 2; n > 0; --n, ++head) {
-      if (args.part_sizes[i] < 1 || !is_layer(args.heads[head], units, args.part_sizes[i]))
-        return FD_ERROR_SIZE;
-      if (!args.heads[head].weight) return FD_ERROR_NULL_POINTER;
-    }
-  if (total != model.action) return FD_ERROR_SIZE;
-  if (args.N == 0) return FD_OK;
-  if (any_null({args.start_deter, args.start_index, args.action_noise, args.feat, args.index,
-                args.action}) ||
-      (args.H > 0 && !args.noise))
-    return FD_ERROR_NULL_POINTER;
-  if (!are_classes(args.start_index, args.N * model.stoch, model.classes)) return FD_ERROR_INDEX;
-  return FD_OK;
+bool are_start_classes(const fd_rssm& model, const fd_observe& scan) {
+  return are_classes(scan.start_index, scan.B * model.stoch, model.classes) &&
+         are_classes(scan.initial_index, model.stoch, model.classes);
 }
 
 void observe(const fd_rssm& model, const fd_observe& scan) {
@@ -118,33 +35,31 @@ void imagine(const fd_rssm& model, const fd_imagine& args) {
 }  // namespace
 }  // namespace fastdreamer
 
-int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan) {
+int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan, fd_launch*) {
   using namespace fastdreamer;
   if (int32_t error = check_observe(model, scan)) return error;
-  if (scan->B > 0 && scan->T > 0) observe(*model, *scan);
+  if (scan->B == 0 || scan->T == 0) return FD_OK;
+  if (!are_start_classes(*model, *scan)) return FD_ERROR_INDEX;
+  observe(*model, *scan);
   return FD_OK;
 }
 
 int32_t fd_rssm_observe_backward(
-    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad) {
+    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad, fd_launch*) {
   using namespace fastdreamer;
   if (int32_t error = check_observe(model, scan)) return error;
-  if (!grad || any_null({grad->dinitial, grad->dnorm})) return FD_ERROR_NULL_POINTER;
-  if (scan->B > 0 && scan->T > 0 &&
-      any_null({grad->ddeter, grad->dstoch, grad->dlogp, grad->dinputs, grad->dgates,
-                grad->dposterior, grad->dlogits}))
-    return FD_ERROR_NULL_POINTER;
-  if (model->cell == FD_CELL_BLOCK_GRU && scan->B > 0 && scan->T > 0 && !grad->dhidden)
-    return FD_ERROR_NULL_POINTER;
+  if (int32_t error = check_observe_grad(*model, *scan, grad)) return error;
+  if (scan->B > 0 && scan->T > 0 && !are_start_classes(*model, *scan)) return FD_ERROR_INDEX;
   observe_backward(*model, *scan, *grad);
   return FD_OK;
 }
 
-int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout) {
+int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout, fd_launch*) {
   using namespace fastdreamer;
-  if (!model || !rollout) return FD_ERROR_NULL_POINTER;
-  if (int32_t error = check_model(*model)) return error;
-  if (int32_t error = check_imagine(*model, *rollout)) return error;
-  if (rollout->N > 0) imagine(*model, *rollout);
+  if (int32_t error = check_imagine(model, rollout)) return error;
+  if (rollout->N == 0) return FD_OK;
+  if (!are_classes(rollout->start_index, rollout->N * model->stoch, model->classes))
+    return FD_ERROR_INDEX;
+  imagine(*model, *rollout);
   return FD_OK;
 }

@@ -2,9 +2,7 @@
 #ifndef FASTDREAMER_CPU_TENSOR_H
 #define FASTDREAMER_CPU_TENSOR_H
 
-#include <initializer_list>
-
-#include "fastdreamer.h"
+#include "check.h"
 
 namespace fastdreamer {
 
@@ -27,12 +25,6 @@ Matrix<const scalar> input(const void* data, const int64_t* strides) {
 template <typename scalar>
 Matrix<scalar> output(void* data, int64_t columns) {
   return {static_cast<scalar*>(data), columns, 1};
-}
-
-inline bool any_null(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers)
-    if (pointer == nullptr) return true;
-  return false;
 }
 
 // What body returns for a value of the C++ type that dtype names.

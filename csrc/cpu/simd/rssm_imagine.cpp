@@ -8,7 +8,6 @@ namespace FD_ISA {
 namespace {
 
 constexpr int64_t kRows = 48;  // of a tile: a multiple of every kTile
-constexpr int64_t kMaxLayers = 8, kMaxHeads = 64;
 
 // Layers behind one another, packed.
 class Stack {
