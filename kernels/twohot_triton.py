@@ -126,26 +126,6 @@ def twohot_mean_fwd_kernel(
     tl.store(mean_ptr + n, mean, n < N)
 
 
-# dx = dmean softmax (b - sum(softmax b)), times symexp'(m) = 1 + |symexp(m)|, which is 0 at 0 as
-# autograd has it for the sign in it
-@triton.jit
-def twohot_mean_bwd_kernel(
-    dmean_ptr, logits_ptr, mean_ptr, bins_ptr, dlogits_ptr, N, K, SYMLOG: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    n, k, inside = rows_and_bins(N, K, BLOCK_N, BLOCK_K)
-    bins = tl.load(bins_ptr + k, k < K, other=0)
-    x = tl.load(logits_ptr + n * K + k, inside, other=float("-inf"))
-    d = tl.load(dmean_ptr + n, n < N, other=0)
-    if SYMLOG:
-        mean = tl.load(mean_ptr + n, n < N, other=0)
-        d *= tl.where(mean == 0, 0, 1 + tl.abs(mean))
-    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
-    softmax = e / tl.sum(e, 1, keep_dims=True)
-    along = tl.sum(softmax * bins, 1, keep_dims=True)
-    tl.store(dlogits_ptr + n * K + k, d * softmax * (bins - along), inside)
-
-
 def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> tuple[Tensor, Tensor]:
     outputs = plain._loss_fake(logits, target, layout)
     inputs = (logits, target, _bins(logits, layout))
@@ -169,13 +149,6 @@ def twohot_mean(logits: Tensor, layout: str = "symlog") -> Tensor:
     inputs = (logits, _bins(logits, layout))
     _launch(twohot_mean_fwd_kernel, logits.shape, inputs, (mean,), layout)
     return mean
-
-
-def twohot_mean_backward(dmean: Tensor, logits: Tensor, mean: Tensor, layout: str) -> Tensor:
-    dlogits = plain._mean_backward_fake(dmean, logits, mean, layout)
-    inputs = (dmean, logits, mean, _bins(logits, layout))
-    _launch(twohot_mean_bwd_kernel, logits.shape, inputs, (dlogits,), layout)
-    return dlogits
 
 
 def _bins(logits: Tensor, layout: str) -> Tensor:
@@ -216,11 +189,10 @@ def presets() -> None:
             target = torch.empty((1024, M), device="meta")
             _, stats = twohot_loss(logits, target, layout)
             twohot_loss_backward(row, logits, target, stats, layout)
-        mean = twohot_mean(logits, layout)
-        twohot_mean_backward(row, logits, mean, layout)
+        twohot_mean(logits, layout)
 
 
 serve("twohot_loss", twohot_loss, plain._loss_cpu)
 serve("twohot_loss_backward", twohot_loss_backward, plain._loss_backward_cpu)
 serve("twohot_mean", twohot_mean, plain._mean_cpu)
-serve("twohot_mean_backward", twohot_mean_backward, plain._mean_backward_cpu)
+serve("twohot_mean_backward", plain._mean_backward_cpu)  # PyTorch's: no loss needs it
