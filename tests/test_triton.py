@@ -70,3 +70,21 @@ def test_a_spill_shows():
     x = torch.empty(1 << 14, device="meta")
     each = aot.Launch(triton.jit(spilling_kernel), (x, x), {"BLOCK": 1 << 14}, 1, 3)
     assert aot.compiled(each, 80).spilled > 0
+
+
+@pytest.mark.parametrize(("spilled", "code"), [(0, 0), (8, 1)])
+def test_the_table_fails_on_a_spill(monkeypatch, capsys, spilled, code):
+    row = aot.Resources("a_kernel", "K=4", 90, 4, registers=32, spilled=spilled, shared=128)
+    monkeypatch.setattr(aot, "rows", lambda: [row])
+    assert aot.main() == code
+    assert "a_kernel K=4" in capsys.readouterr().out
+
+
+def test_the_table_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise ValueError("no such target")
+
+    monkeypatch.setattr(aot, "compiled", broken)
+    monkeypatch.setattr(aot, "TRITON_STEMS", ("lambda_return",))
+    assert aot.main() == 1
+    assert "does not compile: no such target" in capsys.readouterr().out
