@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
-from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
+from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
 from .latent_linear import latent_linear, latent_linear_cpp
 from .norm_act import norm_act
@@ -35,7 +35,7 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS: tuple[str, ...] = ()
+TRITON_STEMS: tuple[str, ...] = ("norm_act", "gru_step")
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -46,9 +46,21 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
     "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
-    "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
-    "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
-    "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
+    "norm_act": {
+        "reference": norm_act,
+        "cpp": torch.ops.fastdreamer.norm_act.default,
+        "triton": torch.ops.fastdreamer.norm_act.default,
+    },
+    "gru_step": {
+        "reference": gru_step,
+        "cpp": compiled_gru_step,
+        "triton": compiled_gru_step,
+    },
+    "block_gru_step": {
+        "reference": block_gru_step,
+        "cpp": compiled_block_gru_step,
+        "triton": compiled_block_gru_step,
+    },
     "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
     "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
     "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter, on the CPU."""
@@ -54,3 +55,8 @@ def serve(name: str, function: Callable) -> None:
     _OPERATORS.impl(name, function, "CUDA")
     if INTERPRETED:
         _OPERATORS.impl(name, function, "CPU", allow_override=True)
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels serve the operators for this tensor, where they serve any."""
+    return x.device.type == "cuda" or INTERPRETED
