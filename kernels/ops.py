@@ -35,13 +35,14 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS: tuple[str, ...] = ("norm_act", "gru_step")
+TRITON_STEMS = ("gru_step", "lambda_return", "norm_act")
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "lambda_return": {
         "reference": lambda_return,
         "cpp": torch.ops.fastdreamer.lambda_return.default,
+        "triton": torch.ops.fastdreamer.lambda_return.default,
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
