@@ -164,7 +164,15 @@ def forward(
     grid = (triton.cdiv(rows, blocks["BLOCK_M"]),)
     tensors = (x, bias, scale, shift, y)
     launch(
-        norm_act_fwd_kernel, grid, *tensors, rows, n, eps, LAYER=kind == "layer", SILU=silu, **blocks
+        norm_act_fwd_kernel,
+        grid,
+        *tensors,
+        rows,
+        n,
+        eps,
+        LAYER=kind == "layer",
+        SILU=silu,
+        **blocks,
     )
 
 
@@ -208,9 +216,7 @@ def sum_partials(partials: Tensor, first: Tensor, second: Tensor) -> None:
     """(1 or 2, P, N) -> (N,) once or twice."""
     count, programs, n = partials.shape
     grid = (triton.cdiv(n, 32), count)
-    launch(
-        sum_partials_kernel, grid, partials, first, second, programs, n, BLOCK_M=32, BLOCK_N=32
-    )
+    launch(sum_partials_kernel, grid, partials, first, second, programs, n, BLOCK_M=32, BLOCK_N=32)
 
 
 def norm_act_triton(

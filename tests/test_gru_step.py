@@ -13,6 +13,7 @@ import torch
 from operator_common import drawn, gradients
 from torch import Tensor
 
+from fastdreamer.kernels import gru_step as gru_step_module
 from fastdreamer.kernels import library
 from fastdreamer.kernels.gru_step import (
     BWD_SIGNATURE,
@@ -36,6 +37,8 @@ SHAPES = [
     (63, 41, 17, 1),
     (241, 16, 5, 2),
 ]
+# Relative, of a whole gradient: every product and its inputs are rounded to 8 bits.
+BFLOAT16_ERROR = 0.02
 EPS = 1e-3
 REFERENCES = {"gru_step": gru_step, "block_gru_step": block_gru_step}
 
@@ -121,6 +124,33 @@ def test_repeats_with_any_number_of_threads(compiled, threads, name):
     threads(2)
     repeated = [gradients(getattr(compiled, name), inputs) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*repeated, strict=True))
+
+
+@names
+def test_bfloat16(compiled, name):
+    """States and matrices in bfloat16, the norm in float32; a CPU leaves it to the reference."""
+    inputs = make_inputs(name, SHAPES[4])
+    if compiled.backend == "cpp":
+        half = [x.detach().bfloat16() for x in inputs]
+        assert torch.equal(getattr(compiled, name)(*half), REFERENCES[name](*half))
+        return
+    half = [x.detach().bfloat16() if x.ndim > 1 else x.detach() for x in inputs]
+    half = [x.requires_grad_() for x in half]
+    actual, exact = gradients(getattr(compiled, name), half, EPS), doubled(half)
+    for x, y, like in zip(actual, gradients(REFERENCES[name], exact, EPS), half, strict=True):
+        assert x.dtype == like.dtype
+        assert float((x - y).norm() / y.norm()) < BFLOAT16_ERROR
+
+
+@names
+def test_wide_states_are_the_references(compiled, monkeypatch, name):
+    """Those that Triton's kernels do not hold in registers."""
+    if compiled.backend == "cpp":
+        pytest.skip("the C++ library takes any width")
+    for limit in ("WIDEST_GRU", "WIDEST_BLOCK_GRU"):
+        monkeypatch.setattr(gru_step_module, limit, 8)
+    inputs = make_inputs(name, SHAPES[4])
+    assert torch.equal(getattr(compiled, name)(*inputs, EPS), REFERENCES[name](*inputs, EPS))
 
 
 @names
