@@ -1,3 +1,4 @@
+# mypy: disable-error-code=no-untyped-def
 """Both recurrent cells on a GPU: the products by cuBLAS, what stands between them in one kernel.
 
 A cell's norm needs every column of its product. A kernel that held both would keep all but a few
@@ -278,8 +279,8 @@ def gates_backward(
     blocks = tile(deter)
     mean, rstd = scale.new_empty(rows), scale.new_empty(rows)
     inputs = (dnext, gates, scale, shift, h)
-    grid = (triton.cdiv(rows, blocks["BLOCK_M"]),)
-    launch(gru_bwd_kernel, grid, *inputs, dgates, dh, mean, rstd, rows, deter, eps, **blocks)
+    every = (triton.cdiv(rows, blocks["BLOCK_M"]),)
+    launch(gru_bwd_kernel, every, *inputs, dgates, dh, mean, rstd, rows, deter, eps, **blocks)
     part = {"BLOCK_M": 8, "BLOCK_D": 64}
     partials = partial_sums(scale, shift, triton.cdiv(rows, part["BLOCK_M"]))
     grid = (triton.cdiv(deter, part["BLOCK_D"]), partials.shape[1])
@@ -308,9 +309,9 @@ def gru_step_backward_triton(
     eps: float,
 ) -> tuple[Tensor, ...]:
     grads = _fake_backward(dnext, h, x, weight, scale, shift, gates, eps)
-    tensors = (t.contiguous() for t in (dnext, gates, scale, shift, h))
+    dnext, gates, scale, shift, h = (t.contiguous() for t in (dnext, gates, scale, shift, h))
     dh, dx, dgates, dnorm = grads
-    gates_backward(*tensors, eps, (dgates, dh, dnorm))
+    gates_backward(dnext, gates, scale, shift, h, eps, (dgates, dh, dnorm))
     deter = h.shape[1]
     dh.addmm_(dgates, weight[:, :deter])
     torch.mm(dgates, weight[:, deter:], out=dx)

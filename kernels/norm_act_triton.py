@@ -1,3 +1,4 @@
+# mypy: disable-error-code=no-untyped-def
 """`norm_act` on a GPU: whole rows in registers, several narrow ones in each program.
 
 Legend: N width of a row, P programs that share the rows of a backward pass.
@@ -191,18 +192,8 @@ def backward(
     n = x.shape[-1]
     blocks, rows = tile(n), x.numel() // n
     partials = partial_sums(scale, shift, triton.cdiv(rows, blocks["BLOCK_M"]))
-    tensors = (dy, x, scale, shift, dx, partials)
-    launch(
-        norm_act_bwd_kernel,
-        partials.shape[1:2],
-        *tensors,
-        rows,
-        n,
-        eps,
-        LAYER=kind == "layer",
-        SILU=silu,
-        **blocks,
-    )
+    tensors, form = (dy, x, scale, shift, dx, partials), {"LAYER": kind == "layer", "SILU": silu}
+    launch(norm_act_bwd_kernel, partials.shape[1:2], *tensors, rows, n, eps, **form, **blocks)
     sum_partials(partials, dscale, dshift)
 
 
