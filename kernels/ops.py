@@ -20,7 +20,7 @@ from torch import Tensor
 from . import library, optim, register, unimix
 from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
-from .latent_linear import latent_linear, latent_linear_cpp
+from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
@@ -35,7 +35,7 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS = ("gru_step", "lambda_return", "norm_act")
+TRITON_STEMS = ("gru_step", "lambda_return", "latent_linear", "norm_act")
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -46,7 +46,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
-    "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
+    "latent_linear": {
+        "reference": latent_linear,
+        "cpp": compiled_latent_linear,
+        "triton": compiled_latent_linear,
+    },
     "norm_act": {
         "reference": norm_act,
         "cpp": torch.ops.fastdreamer.norm_act.default,
