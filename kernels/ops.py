@@ -35,7 +35,7 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS = ("gru_step", "lambda_return", "latent_linear", "norm_act")
+TRITON_STEMS = ("gru_step", "lambda_return", "latent_linear", "norm_act", "optim")
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -78,7 +78,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
     "agc_laprop": {
         "reference": optim.agc_laprop,
-        "cpp": torch.ops.fastdreamer.agc_laprop.default,
+        "cpp": optim.compiled_agc_laprop,
+        "triton": optim.compiled_agc_laprop,
     },
 }
 
