@@ -1,5 +1,5 @@
 # mypy: disable-error-code=no-untyped-def
-"""Lambda returns in Triton: an associative scan over time, BLOCK_N rows at a time."""
+"""Lambda returns in Triton: a thread goes through the time of its row."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from .lambda_return import _fake, _fake_backward
 from .launch import launch
 from .register import serve
 
-TILE = 128  # elements of a program's block
-LONGEST = 64  # steps of a block; longer rows go block by block
+ROWS = 32  # of a program, which is one warp
 
 
-@triton.jit
-def follow(a0, b0, a1, b1):
-    """x -> b0 + a0 x, then x -> b1 + a1 x."""
-    return a0 * a1, b1 + a1 * b0
-
-
-# ret[t] = b[t] + a[t] ret[t + 1], a = discount lam, b = reward + discount (1 - lam) value
+# ret[t] = reward[t] + discount[t] ((1 - lam[t]) value[t] + lam[t] ret[t + 1]),
+# ret[T] = value[T - 1]
 @triton.jit
 def lambda_return_fwd_kernel(
     reward_ptr,
@@ -40,25 +34,19 @@ def lambda_return_fwd_kernel(
     lam_t,
     N,
     T,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    later = tl.load(value_ptr + row * value_n + (T - 1) * value_t, row < N, other=0)
-    n = row[:, None]
-    for block in range(tl.cdiv(T, BLOCK_T)):
-        first = (tl.cdiv(T, BLOCK_T) - 1 - block) * BLOCK_T
-        t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
-        inside = (n < N) & (t < T)
-        reward = tl.load(reward_ptr + n * reward_n + t * reward_t, inside, other=0)
-        discount = tl.load(discount_ptr + n * discount_n + t * discount_t, inside, other=0)
-        value = tl.load(value_ptr + n * value_n + t * value_t, inside, other=0)
-        lam = tl.load(lam_ptr + n * lam_n + t * lam_t, inside, other=0)
-        a = tl.where(t < T, discount * lam, 1)  # beyond T the return stays
-        a, b = tl.associative_scan((a, reward + discount * (1 - lam) * value), 1, follow, True)
-        ret = b + a * later[:, None]
-        tl.store(ret_ptr + n * T + t, ret, inside)
-        later = tl.sum(tl.where(t == first, ret, 0), 1)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t = tl.zeros([ROWS], tl.int64) + (T - 1)
+    ret = tl.load(value_ptr + n * value_n + t * value_t, n < N)
+    for _ in range(T):
+        reward = tl.load(reward_ptr + n * reward_n + t * reward_t, n < N)
+        discount = tl.load(discount_ptr + n * discount_n + t * discount_t, n < N)
+        value = tl.load(value_ptr + n * value_n + t * value_t, n < N)
+        lam = tl.load(lam_ptr + n * lam_n + t * lam_t, n < N)
+        ret = reward + discount * ((1 - lam) * value + lam * ret)
+        tl.store(ret_ptr + n * T + t, ret, n < N)
+        t -= 1
 
 
 # G[t] = dret[t] + discount[t - 1] lam[t - 1] G[t - 1] is the whole gradient of ret[t]; then
@@ -88,33 +76,28 @@ def lambda_return_bwd_kernel(
     ret_t,
     N,
     T,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    earlier = tl.zeros([BLOCK_N], dret_ptr.dtype.element_ty)
-    for block in range(tl.cdiv(T, BLOCK_T)):
-        first = block * BLOCK_T
-        t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
-        inside = (n < N) & (t < T)
-        before, last = inside & (t > 0), t == T - 1
-        discount_at = discount_ptr + n * discount_n + t * discount_t
-        lam_at = lam_ptr + n * lam_n + t * lam_t
-        a = tl.load(discount_at - discount_t, before, other=0)
-        a *= tl.load(lam_at - lam_t, before, other=0)
-        dret = tl.load(dret_ptr + n * dret_n + t * dret_t, inside, other=0)
-        discount, lam = tl.load(discount_at, inside, other=0), tl.load(lam_at, inside, other=0)
-        value = tl.load(value_ptr + n * value_n + t * value_t, inside, other=0)
-        after = tl.load(ret_ptr + n * ret_n + (t + 1) * ret_t, inside & (t + 1 < T), other=0)
-        after = tl.where(last, value, after)
-        a, b = tl.associative_scan((a, dret), 1, follow)
-        g = b + a * earlier[:, None]
-        earlier = tl.sum(tl.where(t == first + BLOCK_T - 1, g, 0), 1)
-        gd, at = g * discount, n * T + t
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t = tl.zeros([ROWS], tl.int64)
+    carried = tl.zeros([ROWS], dret_ptr.dtype.element_ty)
+    for _ in range(T):
+        at, inside = n * T + t, n < N
+        g = tl.load(dret_ptr + n * dret_n + t * dret_t, inside) + carried
+        discount = tl.load(discount_ptr + n * discount_n + t * discount_t, inside)
+        value = tl.load(value_ptr + n * value_n + t * value_t, inside)
+        lam = tl.load(lam_ptr + n * lam_n + t * lam_t, inside)
+        last = t == T - 1
+        later = tl.load(ret_ptr + n * ret_n + (t + 1) * ret_t, inside & (t + 1 < T))
+        later = tl.where(last, value, later)
+        gd = g * discount
+        carried = gd * lam
+        dvalue = gd * (1 - lam)
         tl.store(dreward_ptr + at, g, inside)
-        tl.store(ddiscount_ptr + at, g * ((1 - lam) * value + lam * after), inside)
-        tl.store(dvalue_ptr + at, tl.where(last, gd, gd * (1 - lam)), inside)
-        tl.store(dlam_ptr + at, gd * (after - value), inside)
+        tl.store(ddiscount_ptr + at, g * ((1 - lam) * value + lam * later), inside)
+        tl.store(dvalue_ptr + at, tl.where(last, dvalue + carried, dvalue), inside)
+        tl.store(dlam_ptr + at, gd * (later - value), inside)
+        t += 1
 
 
 def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, lam: Tensor) -> Tensor:
@@ -139,21 +122,9 @@ def _launch(
     N, T = inputs[0].shape
     if T == 0:
         return
-    steps = min(triton.next_power_of_2(T), LONGEST)
-    rows = TILE // steps
     strides = (stride for x in inputs for stride in x.stride())
-    launch(
-        kernel,
-        (triton.cdiv(N, rows),),
-        *inputs,
-        *outputs,
-        *strides,
-        N,
-        T,
-        num_warps=1,
-        BLOCK_N=rows,
-        BLOCK_T=steps,
-    )
+    grid = (triton.cdiv(N, ROWS),)
+    launch(kernel, grid, *inputs, *outputs, *strides, N, T, num_warps=1, ROWS=ROWS)
 
 
 def presets() -> None:

@@ -35,7 +35,15 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS = ("gru_step", "lambda_return", "latent_linear", "norm_act", "optim")
+TRITON_STEMS = (
+    "gru_step",
+    "lambda_return",
+    "latent_linear",
+    "norm_act",
+    "optim",
+    "twohot",
+    "unimix",
+)
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -66,16 +74,41 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": compiled_block_gru_step,
         "triton": compiled_block_gru_step,
     },
-    "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
-    "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
-    "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},
+    "unimix": {
+        "reference": unimix.unimix,
+        "cpp": torch.ops.fastdreamer.unimix.default,
+        "triton": torch.ops.fastdreamer.unimix.default,
+    },
+    "entropy": {
+        "reference": unimix.entropy,
+        "cpp": torch.ops.fastdreamer.entropy.default,
+        "triton": torch.ops.fastdreamer.entropy.default,
+    },
+    "kl": {
+        "reference": unimix.kl,
+        "cpp": torch.ops.fastdreamer.kl.default,
+        "triton": torch.ops.fastdreamer.kl.default,
+    },
     "balanced_kl": {
         "reference": unimix.balanced_kl,
         "cpp": torch.ops.fastdreamer.balanced_kl.default,
+        "triton": torch.ops.fastdreamer.balanced_kl.default,
     },
-    "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
-    "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
-    "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
+    "sample": {
+        "reference": unimix.sample,
+        "cpp": torch.ops.fastdreamer.sample.default,
+        "triton": torch.ops.fastdreamer.sample.default,
+    },
+    "twohot_loss": {
+        "reference": twohot_loss,
+        "cpp": compiled_twohot_loss,
+        "triton": compiled_twohot_loss,
+    },
+    "twohot_mean": {
+        "reference": twohot_mean,
+        "cpp": torch.ops.fastdreamer.twohot_mean.default,
+        "triton": torch.ops.fastdreamer.twohot_mean.default,
+    },
     "agc_laprop": {
         "reference": optim.agc_laprop,
         "cpp": optim.compiled_agc_laprop,

@@ -29,7 +29,7 @@ from .launch import launch
 from .optim import _compiled, _fake, agc_laprop
 from .register import serve
 
-CHUNK = 4096
+CHUNK = 2048
 ADDRESSES = 256  # arguments of one launch; older drivers allow 4 KiB of them
 
 
@@ -41,17 +41,17 @@ def fill_table_kernel(table_ptr, addresses):
 
 @triton.jit
 def place_of(chunk, tensor_ptr, first_ptr, size_ptr, CHUNK: tl.constexpr):
-    """A chunk's tensor, the places of its elements in there, and which of them there are."""
+    """A chunk's tensor, its first place in there, and which of its elements there are."""
     tensor = tl.load(tensor_ptr + chunk)
     start = (chunk - tl.load(first_ptr + tensor)).to(tl.int64) * CHUNK
-    at = start + tl.arange(0, CHUNK)
-    return tensor, at, at < tl.load(size_ptr + tensor)
+    return tensor, start, tl.arange(0, CHUNK) < tl.load(size_ptr + tensor) - start
 
 
 @triton.jit
-def pointer(table_ptr, tensor, ALIGNED: tl.constexpr):
+def elements(table_ptr, tensor, start, CHUNK: tl.constexpr):
+    """Pointers to a chunk's elements."""
     ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(ptr, 16) if ALIGNED else ptr
+    return ptr + start + tl.arange(0, CHUNK)
 
 
 @triton.jit
@@ -72,13 +72,12 @@ def squares_kernel(
     square_ptr,  # (2, C): sums over a chunk of param^2, grad^2
     tensors,
     chunks,
-    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    tensor, at, inside = place_of(chunk, tensor_ptr, first_ptr, size_ptr, CHUNK)
-    param = tl.load(pointer(table_ptr, tensor, ALIGNED) + at, inside, 0.0)
-    grad = tl.load(pointer(table_ptr + tensors, tensor, ALIGNED) + at, inside, 0.0)
+    tensor, start, inside = place_of(chunk, tensor_ptr, first_ptr, size_ptr, CHUNK)
+    param = tl.load(elements(table_ptr, tensor, start, CHUNK), inside, 0.0)
+    grad = tl.load(elements(table_ptr + tensors, tensor, start, CHUNK), inside, 0.0)
     tl.store(square_ptr + chunk, tl.sum(param * param, 0))
     tl.store(square_ptr + chunks + chunk, tl.sum(grad * grad, 0))
 
@@ -124,7 +123,6 @@ def laprop_kernel(
     grad_square_ptr,
     norm_ptr,  # scalar: norm of all gradients
     tensors,
-    ALIGNED: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
@@ -134,11 +132,11 @@ def laprop_kernel(
     # g = grad / factor; nu += (1 - beta2) (g^2 - nu); d = sqrt(nu / (1 - beta2^step)) + eps
     # mu += (1 - beta1) (g / d - mu); param -= lr / (1 - beta1^step) mu
     chunk = tl.program_id(0)
-    tensor, at, inside = place_of(chunk, tensor_ptr, first_ptr, size_ptr, CHUNK)
-    param_at = pointer(table_ptr, tensor, ALIGNED) + at
-    grad_at = pointer(table_ptr + tensors, tensor, ALIGNED) + at
-    nu_at = pointer(table_ptr + 2 * tensors, tensor, ALIGNED) + at
-    mu_at = pointer(table_ptr + 3 * tensors, tensor, ALIGNED) + at
+    tensor, start, inside = place_of(chunk, tensor_ptr, first_ptr, size_ptr, CHUNK)
+    param_at = elements(table_ptr, tensor, start, CHUNK)
+    grad_at = elements(table_ptr + tensors, tensor, start, CHUNK)
+    nu_at = elements(table_ptr + 2 * tensors, tensor, start, CHUNK)
+    mu_at = elements(table_ptr + 3 * tensors, tensor, start, CHUNK)
     grad = tl.load(grad_at, inside, 0.0) / tl.load(factor_ptr + tensor)
     nu, mu = tl.load(nu_at, inside, 0.0), tl.load(mu_at, inside, 0.0)
     nu += (1 - BETA2) * (grad * grad - nu)
@@ -171,7 +169,6 @@ def fill_table(addresses: list[int], table: Tensor) -> None:
 def step_by_table(
     table: Tensor,
     chunks: tuple[Tensor, Tensor, Tensor],
-    aligned: bool,
     step: Tensor,
     lr: Tensor,
     clip: float,
@@ -184,7 +181,7 @@ def step_by_table(
     count, T = len(chunks[0]), len(chunks[2])
     squares = norm.new_empty(2, count)
     factors, grad_squares = norm.new_empty(T + 2), norm.new_empty(T)
-    form: dict[str, Any] = {"ALIGNED": aligned, "CHUNK": CHUNK, "num_warps": 8}
+    form: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 8}
     beta: dict[str, Any] = {"BETA1": betas[0], "BETA2": betas[1], "BLOCK": 1024}
     launch(squares_kernel, (count,), table, *chunks, squares, T, count, **form)
     scalars = (step, lr, factors, grad_squares)
@@ -216,24 +213,20 @@ def agc_laprop_triton(
     table = torch.empty(len(addresses), dtype=torch.int64, device=norm.device)
     fill_table(addresses, table)
     sizes = tuple(params[i].numel() for i in filled)
-    aligned = all(address % 16 == 0 for address in addresses)
     chunks, betas = cut(sizes, norm.device), (beta1, beta2)
-    step_by_table(table, chunks, aligned, step, lr, clip, betas, eps, norm)
+    step_by_table(table, chunks, step, lr, clip, betas, eps, norm)
     return norm
 
 
 def presets() -> None:
-    """Tensors of any sizes, aligned, as allocated, or not; scalars that are tensors, or not."""
+    """Tensors of any sizes, with scalars that were numbers or tensors."""
     sizes = tuple(1 << i for i in range(24))
-    table = torch.empty(4 * len(sizes), dtype=torch.int64, device="meta")
+    table, norm = (torch.empty(96, dtype=torch.int64, device="meta"), torch.empty(0, device="meta"))
     fill_table([1 << 40] * ADDRESSES, table)
-    meta = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in cut(sizes, table.device)]
-    for aligned in (True, False):
-        for counted, dtype in ((torch.int64, torch.float32), (torch.float64, torch.float64)):
-            step = torch.empty((), dtype=counted, device="meta")
-            lr, norm = torch.empty((), dtype=dtype, device="meta"), torch.empty((), device="meta")
-            chunks = (meta[0], meta[1], meta[2])
-            step_by_table(table, chunks, aligned, step, lr, 0.3, (0.9, 0.999), 1e-20, norm)
+    chunks = cut(sizes, table.device)
+    for counted, dtype in ((torch.int64, torch.float32), (torch.float64, torch.float64)):
+        step, lr = torch.empty((), dtype=counted, device="meta"), norm.to(dtype)
+        step_by_table(table, chunks, step, lr, 0.3, (0.9, 0.999), 1e-20, norm)
 
 
 serve("agc_laprop", agc_laprop_triton)

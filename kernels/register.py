@@ -47,14 +47,24 @@ def register(
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
 
 
-def serve(name: str, function: Callable) -> None:
+def serve(name: str, function: Callable, otherwise: Callable | None = None) -> None:
     """Let ``function``, which launches Triton's kernels, compute the operator on a GPU.
 
     In Triton's interpreter it also computes it on the CPU, in the place of the C++ library.
+
+    Args:
+        otherwise: computes it, in plain PyTorch, where the first tensor is not float32; None
+            where ``function`` takes every dtype.
     """
-    _OPERATORS.impl(name, function, "CUDA")
+
+    def implementation(*arguments: Any) -> Any:
+        if otherwise is None or arguments[0].dtype == torch.float32:
+            return function(*arguments)
+        return otherwise(*arguments)
+
+    _OPERATORS.impl(name, implementation, "CUDA")
     if INTERPRETED:
-        _OPERATORS.impl(name, function, "CPU", allow_override=True)
+        _OPERATORS.impl(name, implementation, "CPU", allow_override=True)
 
 
 def on_triton(x: Tensor) -> bool:

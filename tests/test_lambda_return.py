@@ -128,11 +128,11 @@ def test_compiles_to_one_graph(compiled, dynamic):
         return 2 * operator(*inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    graph = torch.compile(doubled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape in ((4, 15), (6, 9)):
         inputs = lambda_return_inputs(shape, requires_grad=True)
-        assert torch.equal(compiled(*inputs), doubled(*inputs))
-        for x, y in zip(gradients(compiled, inputs), gradients(doubled, inputs), strict=True):
+        assert torch.equal(graph(*inputs), doubled(*inputs))
+        for x, y in zip(gradients(graph, inputs), gradients(doubled, inputs), strict=True):
             assert torch.equal(x, y)
 
 
