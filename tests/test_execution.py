@@ -20,6 +20,12 @@ RECIPES = ("2023", "2025")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture
+def device() -> str:
+    """What these tests compare is on the CPU, whatever device the operators are tested on."""
+    return "cpu"
+
+
 def gradients(learner: Learner, batch: dict[str, Tensor], noise: UpdateNoise) -> dict[str, Tensor]:
     """Of every loss by every parameter that learns, before any step."""
     if isinstance(learner, JointLearner):

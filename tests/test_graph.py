@@ -22,6 +22,12 @@ GRAPH = Execution("fp32", compile=False, graph=True)
 RECIPES = ("2023", "2025")
 
 
+@pytest.fixture
+def device() -> str:
+    """What these tests compare is on the CPU, whatever device the operators are tested on."""
+    return "cpu"
+
+
 # No synchronisation ----------------------------------------------------------------------------
 
 READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "_unique2")
