@@ -224,10 +224,10 @@ class WriteBack:
     def start(self, step_ids: torch.Tensor, values: Batch) -> None:
         """Begin to write `values`, {column: (*step_ids.shape, *shape)}; at most one is unfinished.
 
-        On a GPU their memory may be taken by work that is enqueued later, behind an `amend`.
+        Their memory may be taken by work behind the next `amend`, that of the ids at once.
         """
         assert len(self._pending) < 2, "finish first"
-        host, copied = values, None
+        copied = None
         if on_gpu := [v.device for v in values.values() if v.is_cuda]:
             self._host.reverse()
             host = self._host[0]
@@ -236,7 +236,8 @@ class WriteBack:
                     host[name] = torch.empty_like(value, device="cpu", pin_memory=True)
                 host[name].copy_(value, non_blocking=True)
             copied = torch.cuda.current_stream(on_gpu[0]).record_event()
-        # The ids lie in a staging buffer, which the next batch takes.
+        else:
+            host = {name: value.clone() for name, value in values.items()}
         self._pending.append(_Written(step_ids.clone(), values, host, copied))
 
     def finish(self, keep: int = 0) -> None:
