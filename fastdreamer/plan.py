@@ -194,6 +194,7 @@ def _measure(trainer: Trainer) -> tuple[float, float]:
     spaces = trainer.agent.obs_space
     obs = {k: batch[k][0, :1].expand(count, *batch[k].shape[2:]) for k in spaces}
     first = torch.ones(count, dtype=torch.bool, device=trainer.device)
+    trainer.prefetcher.wait()  # beside a capture no batch should be on its way
     with preserved(learner.tensors, [learner.generator, trainer.generator]):
         act = _time(lambda: trainer.act(obs, first, None), trainer.device)
         return _time(lambda: trainer.update.run(batch), trainer.device), act

@@ -230,21 +230,30 @@ class Trainer:
         """Run the updates that are due.
 
         In recipe 2023 the next batch is drawn before each update, so that it is assembled and
-        copied meanwhile; in 2025 after it, since the update rewrites latents in the replay. They
-        are on their way to the host until the next batch is drawn, or the replay is saved.
+        copied meanwhile. In 2025 it is drawn when it is due, and holds the latents that the update
+        before rewrites: of several updates in a row, the next batch is assembled while one runs,
+        and what that one rewrites is amended.
         """
-        for _ in range(due):
-            if self._stop is not None:
+        joint = self.recipe.joint
+        for left in reversed(range(due)):
+            drawn = self.prefetcher.pending
+            if self._stop is not None and not (joint and drawn):  # it may have to be amended
                 break
-            self.write_back.finish()
-            if not self.prefetcher.pending:
+            if not drawn:
+                self.write_back.finish()
                 self.prefetcher.request()
             batch = self.prefetcher.get()
+            if joint:
+                self.write_back.amend(batch)
             steps = batch.pop("step_id")
-            if not self.recipe.joint:
+            if not joint:
                 self.prefetcher.request()
             metrics, rewritten = self.update(batch)
-            self.write_back.start(steps[:, 1:], rewritten)
+            if joint:
+                self.write_back.start(steps[:, 1:], rewritten)
+                if left and self._stop is None:
+                    self.write_back.finish(keep=1)
+                    self.prefetcher.request()
             self._add_up(metrics)
             if self.learner.updates % self.config.log.every == 0:
                 self._log()

@@ -96,13 +96,17 @@ def compiled(each: Launch, target: int) -> Resources:
     )
 
 
-def _specialise(each: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def _specialise(each: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:
     """Signature, constants and attributes, as Triton derives them from a call's arguments."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}
     constants = dict(each.constants)
     for index, name in enumerate(each.kernel.arg_names):
         value: Any = None if name in constants else each.arguments[index]
+        if isinstance(value, tuple):  # of addresses, all aligned
+            signature[name] = ("i64",) * len(value)
+            attributes |= {(index, i): [DIVISIBLE] for i in range(len(value))}
+            continue
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
         elif isinstance(value, float):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
-from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
+from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
-from .latent_linear import latent_linear, latent_linear_cpp
+from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
 from .rssm_observe import rssm_observe, rssm_observe_cpp
@@ -38,7 +38,15 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS = ("lambda_return", "twohot", "unimix")
+TRITON_STEMS = (
+    "gru_step",
+    "lambda_return",
+    "latent_linear",
+    "norm_act",
+    "optim",
+    "twohot",
+    "unimix",
+)
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
@@ -49,10 +57,26 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
-    "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
-    "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
-    "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
-    "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
+    "latent_linear": {
+        "reference": latent_linear,
+        "cpp": compiled_latent_linear,
+        "triton": compiled_latent_linear,
+    },
+    "norm_act": {
+        "reference": norm_act,
+        "cpp": torch.ops.fastdreamer.norm_act.default,
+        "triton": torch.ops.fastdreamer.norm_act.default,
+    },
+    "gru_step": {
+        "reference": gru_step,
+        "cpp": compiled_gru_step,
+        "triton": compiled_gru_step,
+    },
+    "block_gru_step": {
+        "reference": block_gru_step,
+        "cpp": compiled_block_gru_step,
+        "triton": compiled_block_gru_step,
+    },
     "unimix": {
         "reference": unimix.unimix,
         "cpp": torch.ops.fastdreamer.unimix.default,
@@ -90,7 +114,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "agc_laprop": {
         "reference": optim.agc_laprop,
-        "cpp": torch.ops.fastdreamer.agc_laprop.default,
+        "cpp": optim.compiled_agc_laprop,
+        "triton": optim.compiled_agc_laprop,
     },
 }
 

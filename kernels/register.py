@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter, on the CPU."""
@@ -72,3 +73,8 @@ def serve(name: str, function: Callable, otherwise: Callable | None = None) -> N
     _OPERATORS.impl(name, implementation, "CUDA")
     if INTERPRETED:
         _OPERATORS.impl(name, implementation, "CPU", allow_override=True)
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels serve the operators for this tensor, where they serve any."""
+    return x.device.type == "cuda" or INTERPRETED

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from execution_common import B, T, replayed, tiny_learner
+from test_resume import CARTPOLE, losses, train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,12 @@ from fastdreamer.stored import unpack
 EAGER = Execution("fp32", compile=False, graph=False)
 GRAPH = Execution("fp32", compile=False, graph=True)
 RECIPES = ("2023", "2025")
+
+
+@pytest.fixture
+def device() -> str:
+    """What these tests compare is on the CPU, whatever device the operators are tested on."""
+    return "cpu"
 
 
 # No synchronisation ----------------------------------------------------------------------------
@@ -281,6 +288,23 @@ def test_replayed_acting_equals_eager_acting(tape, ops, recipe):
         ours, theirs = graphed(obs, first, ours), eager(obs, first, theirs)
         assert_equal(ours, theirs)
     assert Tape.made == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_by_graphs_equals_an_eager_one(tape, tmp_path, monkeypatch, recipe):
+    """Over an interruption too, whose checkpoint is loaded before anything is captured."""
+    options = [*CARTPOLE[recipe], "--learner.replay-ratio", "1.5", "--log.no-tensorboard"]
+    for name, steps, execution in (
+        ("eager", (80,), EAGER),
+        ("graph", (72, 80), GRAPH),
+    ):
+        choose = classmethod(lambda cls, *_, chosen=execution: chosen)
+        monkeypatch.setattr(Execution, "choose", choose)
+        for until in steps:
+            train(options, tmp_path / name, until)
+    assert Tape.made == 4  # of updates and of acting, in each of the two processes
+    eager, graph = (losses(tmp_path / name) for name in ("eager", "graph"))
+    assert eager == graph and len(eager) > 10
 
 
 # On a GPU --------------------------------------------------------------------------------------
