@@ -1,10 +1,12 @@
-"""Builds csrc/ into a plain C library inside fastdreamer.kernels.
+"""Builds csrc/ into plain C libraries inside fastdreamer.kernels.
 
-FASTDREAMER_BUILD=0 skips the build; CXX chooses the compiler.
+FASTDREAMER_BUILD=0 skips the build; CXX chooses the compiler. The CUDA library is built where nvcc
+12 and CMake are, if FASTDREAMER_CUDA is not 0.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +33,21 @@ def find_compiler() -> str | None:
     return None
 
 
+def has_cuda() -> bool:
+    """Whether nvcc is new enough for sm_90 and what CMakeLists.txt asks of it."""
+    if os.environ.get("FASTDREAMER_CUDA") == "0" or not shutil.which("cmake"):
+        return False
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if not nvcc:
+        return False
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)", version.stdout)
+    return bool(release) and int(release[1]) >= 12
+
+
 ENABLED = os.environ.get("FASTDREAMER_BUILD", "1") != "0"
 COMPILER = find_compiler() if ENABLED else None
+CUDA = COMPILER is not None and has_cuda()
 # What CMakeLists.txt says, for a machine that has a compiler but no CMake.
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Icsrc/cpu"]
 SIMD_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -80,6 +95,7 @@ class BuildLibrary(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_COMPILER": COMPILER,
             "FASTDREAMER_OUTPUT_DIR": output.parent,
+            "FASTDREAMER_CUDA": "ON" if CUDA else "OFF",
         }
         configure = ["cmake", "-S", ".", "-B", self.build_temp]
         subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True)
@@ -109,9 +125,15 @@ CPU_LIBRARY = CLibrary(
     depends=["CMakeLists.txt", *sorted(glob("csrc/**/*.h", recursive=True))],
 )
 
+CUDA_LIBRARY = CLibrary(
+    "fastdreamer.kernels.libfastdreamer_cuda",
+    sources=sorted(glob("csrc/cuda/*.cu")),
+    depends=CPU_LIBRARY.depends,
+)
+
 setup(
     packages=[*find_packages(include=["fastdreamer", "fastdreamer.*"]), "fastdreamer.kernels"],
     package_dir={"fastdreamer": "fastdreamer", "fastdreamer.kernels": "kernels"},
-    ext_modules=[CPU_LIBRARY] if COMPILER else [],
+    ext_modules=[CPU_LIBRARY] * bool(COMPILER) + [CUDA_LIBRARY] * CUDA,
     cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
 )

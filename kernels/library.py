@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 ABI_VERSION = 4
+UNSUPPORTED = 6  # FD_ERROR_UNSUPPORTED
 CPU_LIBRARY = Path(
     os.environ.get("FASTDREAMER_LIBRARY") or Path(__file__).with_name("libfastdreamer_cpu.so")
 )
@@ -31,6 +32,10 @@ SIZE = (ctypes.c_int64,)
 INT = (ctypes.c_int32,)
 FLOAT = (ctypes.c_float,)
 DTYPE_AND_STREAM = (ctypes.c_int32, ctypes.c_void_p)
+
+
+class UnsupportedError(RuntimeError):
+    """The device takes no model of this size; others may, and the reference does."""
 
 
 def unavailable_reason(device_type: str = "cpu") -> str | None:
@@ -55,7 +60,8 @@ def function(
 
     def check(error: int, *_: object) -> None:
         if error:
-            raise RuntimeError(f"{name}: {library.fd_error_string(error).decode()}")
+            kind = UnsupportedError if error == UNSUPPORTED else RuntimeError
+            raise kind(f"{name}: {library.fd_error_string(error).decode()}")
 
     try:
         c_function = library[name]
@@ -113,21 +119,37 @@ def launch(name: str, on: Tensor, compute: torch.dtype, *structures: ctypes.Stru
 
     Args:
         compute: float32 or bfloat16, what a GPU multiplies in; the CPU library takes float32.
+
+    Raises UnsupportedError where the device takes no model of this size.
     """
     kind = serves(on)
-    signature = (*(ctypes.POINTER(type(x)) for x in structures), ctypes.POINTER(Launch))
-    call = function(name, signature, kind)
-    pointers = [ctypes.byref(x) for x in structures]
     if kind == "cpu":
-        call(*pointers, None)
+        _scan(name, kind, structures)(None)
         return
     with torch.cuda.device_of(on):
         stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else None
         launching = Launch(compute=COMPUTE_DTYPES[compute], stream=stream)
-        call(*pointers, launching)
+        call = _scan(name, kind, structures)
+        call(launching)
         workspace = on.new_empty(launching.workspace_bytes, dtype=torch.uint8)
         launching.workspace = workspace.data_ptr()
-        call(*pointers, launching)
+        call(launching)
+
+
+def takes(name: str, device: torch.device, compute: torch.dtype, *structures: Any) -> bool:
+    """Whether a GPU takes a call of ``name`` with such sizes; no pointer is followed."""
+    with torch.cuda.device(-1 if device.index is None else device.index):
+        try:
+            _scan(name, "cuda", structures)(Launch(compute=COMPUTE_DTYPES[compute]))
+        except UnsupportedError:
+            return False
+    return True
+
+
+def _scan(name: str, kind: str, structures: tuple[Any, ...]) -> Callable[[Launch | None], None]:
+    signature = (*(ctypes.POINTER(type(x)) for x in structures), ctypes.POINTER(Launch))
+    call, pointers = function(name, signature, kind), [ctypes.byref(x) for x in structures]
+    return lambda launching: call(*pointers, launching and ctypes.byref(launching))
 
 
 ISAS = ("portable", "avx2", "avx512")  # as in csrc/fastdreamer.h

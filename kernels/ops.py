@@ -25,8 +25,8 @@ from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
-from .rssm_imagine import rssm_imagine, rssm_imagine_cpp
-from .rssm_observe import rssm_observe, rssm_observe_cpp
+from .rssm_imagine import rssm_imagine, rssm_imagine_cpp, rssm_imagine_cuda
+from .rssm_observe import rssm_observe, rssm_observe_cpp, rssm_observe_cuda
 from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
 # Backend -> those that serve what it lacks, in this order.
@@ -55,8 +55,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": torch.ops.fastdreamer.lambda_return.default,
         "triton": torch.ops.fastdreamer.lambda_return.default,
     },
-    "rssm_observe": {"reference": rssm_observe, "cpp": rssm_observe_cpp},
-    "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
+    "rssm_observe": {
+        "reference": rssm_observe,
+        "cpp": rssm_observe_cpp,
+        "cuda": rssm_observe_cuda,
+    },
+    "rssm_imagine": {
+        "reference": rssm_imagine,
+        "cpp": rssm_imagine_cpp,
+        "cuda": rssm_imagine_cuda,
+    },
     "latent_linear": {
         "reference": latent_linear,
         "cpp": compiled_latent_linear,
@@ -220,7 +228,7 @@ def _unavailable_reason(backend: str, device_type: str) -> str | None:
     if backend == "cuda":
         if device_type != "cuda":
             return f"it runs on a GPU, not on {device_type}"
-        return "this version has no CUDA library"
+        return library.unavailable_reason("cuda")
     if device_type != "cuda" and not (device_type == "cpu" and register.INTERPRETED):
         return "it runs on a GPU (on the CPU in Triton's interpreter, with TRITON_INTERPRET=1)"
     return _load_triton()

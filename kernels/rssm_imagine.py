@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from .rssm_weights import (
     MAX_CUDA_PARTS,
     MAX_HEADS,
     MAX_LAYERS,
+    SOMEWHERE,
     CLayer,
     Layer,
     RSSMWeights,
+    Sizes,
     c_layer,
     c_model,
     check_shapes,
@@ -30,6 +33,9 @@ from .rssm_weights import (
     contiguous,
     drawn,
     layer_shapes,
+    placeholder_layers,
+    placeholder_model,
+    sizes_of,
 )
 from .unimix import sample, unimix
 
@@ -101,6 +107,7 @@ def rssm_imagine(
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+TENSORS = ("start_deter", "start_index", "noise", "action_noise", "feat", "index", "action")
 
 
 class CImagine(Arguments):
@@ -109,8 +116,7 @@ class CImagine(Arguments):
     _fields_: ClassVar = [
         ("N", _SIZE),
         ("H", _SIZE),
-        *((k, _POINTER) for k in ("start_deter", "start_index", "noise", "action_noise")),
-        *((k, _POINTER) for k in ("feat", "index", "action")),
+        *((k, _POINTER) for k in TENSORS),
         ("policy", ctypes.POINTER(CLayer)),
         ("policy_layers", _SIZE),
         ("deter_first", ctypes.c_int32),
@@ -157,9 +163,34 @@ def rssm_imagine_cuda(
     the library does not take (as with C++, and 8 parts), are served by the reference.
     """
     arguments = (weights, policy, deter, stoch, noise, action_noise)
-    if not _fits(weights, policy, deter, MAX_CUDA_PARTS):
+    compute = compute_type()
+    sizes = sizes_of(weights, action_noise.shape[-1], weights.prior)
+    layers = tuple(layer.weight.shape[0] for layer in policy.layers)
+    parts = tuple((head[0].weight.shape[0], len(head)) for head in policy.heads)
+    if not _fits(weights, policy, deter, MAX_CUDA_PARTS) or not _takes(
+        sizes, layers, parts, len(deter), noise.shape[1], compute, deter.device
+    ):
         return rssm_imagine(*arguments)
-    return _compute(*arguments, compute_type())
+    return _compute(*arguments, compute)
+
+
+@cache
+def _takes(
+    sizes: Sizes,
+    layers: tuple[int, ...],
+    parts: tuple[tuple[int, int], ...],
+    rows: int,
+    horizon: int,
+    compute: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether the GPU takes a rollout; parts: outputs of each part's layers, and their number."""
+    _, deter, stoch, classes, *_ = sizes
+    policy = placeholder_layers(deter + stoch * classes, layers)
+    heads = [placeholder_layers(layers[-1], [n])[0] for n, count in parts for _ in range(count)]
+    tensors = dict.fromkeys(TENSORS, SOMEWHERE)
+    rollout = _rollout(policy, heads, parts, N=rows, H=horizon, **tensors)
+    return library.takes("fd_rssm_imagine", device, compute, placeholder_model(sizes), rollout)
 
 
 def _fits(weights: RSSMWeights, policy: PolicyWeights, deter: Tensor, parts: int) -> bool:
@@ -186,8 +217,10 @@ def _compute(
     feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
     index = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
     actions = torch.empty_like(starts[3])
-    sizes = [head[0].weight.shape[0] for head in policy.heads]
-    rollout = CImagine.of(
+    rollout = _rollout(
+        [c_layer(layer) for layer in policy.layers],
+        [c_layer(layer) for layer in heads],
+        [(head[0].weight.shape[0], len(head)) for head in policy.heads],
         N=rows,
         H=horizon,
         start_deter=starts[0],
@@ -197,18 +230,27 @@ def _compute(
         feat=feat,
         index=index,
         action=actions,
-        policy=(CLayer * len(policy.layers))(*map(c_layer, policy.layers)),
-        policy_layers=len(policy.layers),
         deter_first=policy.deter_first,
         policy_mix=policy.mix,
-        parts=len(sizes),
-        part_sizes=(ctypes.c_int64 * len(sizes))(*sizes),
-        discrete=(ctypes.c_uint8 * len(sizes))(*(len(head) == 1 for head in policy.heads)),
-        heads=(CLayer * len(heads))(*map(c_layer, heads)),
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.launch("fd_rssm_imagine", deter, compute, model, rollout)
     return feat, index, actions
+
+
+def _rollout(
+    layers: list[CLayer], heads: list[CLayer], parts: Sequence[tuple[int, int]], **values: Any
+) -> Any:
+    """parts: of the action, the outputs of each one's layers, and their number."""
+    return CImagine.of(
+        policy=(CLayer * len(layers))(*layers),
+        policy_layers=len(layers),
+        parts=len(parts),
+        part_sizes=(ctypes.c_int64 * len(parts))(*(size for size, _ in parts)),
+        discrete=(ctypes.c_uint8 * len(parts))(*(count == 1 for _, count in parts)),
+        heads=(CLayer * len(heads))(*heads),
+        **values,
+    )
 
 
 def _check(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +20,19 @@ from .library import Arguments
 from .register import register
 from .rssm_weights import (
     MAX_BLOCKS,
+    SOMEWHERE,
     BlockGRUWeights,
     GRUWeights,
     Layer,
     RSSMWeights,
+    Sizes,
     c_model,
     check_weights,
     compute_type,
     contiguous,
     drawn,
+    placeholder_model,
+    sizes_of,
 )
 from .unimix import sample
 
@@ -134,9 +139,27 @@ def rssm_observe_cuda(
     compute = compute_type()
     if compute == torch.bfloat16:
         embedded = embedded.float()
-    if embedded.dtype != torch.float32 or weights.blocks > MAX_BLOCKS:
+    sizes = sizes_of(weights, action.shape[-1], weights.posterior)
+    fits = weights.blocks <= MAX_BLOCKS and _takes(sizes, *is_first.shape, compute, action.device)
+    if embedded.dtype != torch.float32 or not fits:
         return rssm_observe(weights, *scan)
     return _operator(weights, *scan[:3], embedded, is_first, noise, compute)
+
+
+@torch.compiler.assume_constant_result
+def _takes(sizes: Sizes, rows: int, steps: int, compute: torch.dtype, device: torch.device) -> bool:
+    """Whether the GPU takes a scan and its backward pass."""
+    return _ask(sizes, rows, steps, compute, device)
+
+
+@cache
+def _ask(sizes: Sizes, rows: int, steps: int, compute: torch.dtype, device: torch.device) -> bool:
+    model = placeholder_model(sizes)
+    scan = CObserve(rows, steps, *[SOMEWHERE] * (len(CObserve._fields_) - 2))
+    grad = CObserveGrad(*[SOMEWHERE] * len(CObserveGrad._fields_))
+    return library.takes("fd_rssm_observe", device, compute, model, scan) and library.takes(
+        "fd_rssm_observe_backward", device, compute, model, scan, grad
+    )
 
 
 def _operator(
@@ -233,8 +256,9 @@ BACKWARD_SCHEMA = (
     "(Tensor[] weights, Tensor start_deter, Tensor start_index, Tensor initial_index, "
     "Tensor action, Tensor is_first, Tensor deter, Tensor logp, Tensor index, "
     "Tensor inputs, Tensor hidden, Tensor gates, Tensor posterior, Tensor ddeter, Tensor dstoch, "
-    "Tensor dlogp, float eps, float mix, ScalarType compute) -> (Tensor dinputs, Tensor dhidden, Tensor dgates, "
-    "Tensor dposterior, Tensor dlogits, Tensor dinitial, Tensor dnorm)"
+    "Tensor dlogp, float eps, float mix, ScalarType compute) -> "
+    "(Tensor dinputs, Tensor dhidden, Tensor dgates, Tensor dposterior, Tensor dlogits, "
+    "Tensor dinitial, Tensor dnorm)"
 )
 
 
@@ -424,7 +448,18 @@ def _backward(
     *starts, deter, stoch, logp, index, inputs, hidden, gates, posterior = saved
     kept = (inputs, hidden, gates, posterior)
     grads = torch.ops.fastdreamer.rssm_observe_backward(
-        tensors, *starts, deter, logp, index, *kept, ddeter, dstoch, dlogp, ctx.eps, ctx.mix, ctx.compute
+        tensors,
+        *starts,
+        deter,
+        logp,
+        index,
+        *kept,
+        ddeter,
+        dstoch,
+        dlogp,
+        ctx.eps,
+        ctx.mix,
+        ctx.compute,
     )
     weights = _unflatten(tensors, logp.shape[-1], ctx.eps, ctx.mix)
     last = _last_state(weights, starts, deter, stoch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,20 @@ def compute_type() -> torch.dtype:
     return torch.float32
 
 
+# Whether the cell has blocks; D, S, K, A, U, G; and the outputs of the layers behind the state.
+Sizes = tuple[bool, int, int, int, int, int, int, tuple[int, ...]]
+
+
+def sizes_of(weights: RSSMWeights, action: int, head: Sequence[Layer]) -> Sizes:
+    """What decides whether a device takes a model, with the posterior or the prior as ``head``."""
+    cell = weights.cell
+    units = (cell.input if isinstance(cell, GRUWeights) else cell.stoch).weight.shape[0]
+    outputs = tuple(layer.weight.shape[0] for layer in head)
+    deter, (stoch, classes) = weights.initial_deter.shape[0], weights.initial_stoch.shape
+    blocked = isinstance(cell, BlockGRUWeights)
+    return blocked, deter, stoch, classes, action, units, weights.blocks, outputs
+
+
 MAX_LAYERS, MAX_BLOCKS, MAX_HEADS, MAX_CUDA_PARTS = 8, 64, 64, 8
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -247,3 +262,32 @@ def c_model(weights: RSSMWeights, action: int, head: Sequence[Layer]) -> CModel:
     model.hidden_weight, model.hidden_bias = cell.hidden.data_ptr(), cell.hidden_bias.data_ptr()
     model.gate_bias = cell.gate_bias.data_ptr()
     return model
+
+
+SOMEWHERE = 256  # an address that a call without a workspace does not follow
+
+
+def placeholder_layers(inputs: int, outputs: Sequence[int]) -> list[CLayer]:
+    """Layers behind one another that have sizes but no weights."""
+    widths = (inputs, *outputs)
+    return [CLayer(*[SOMEWHERE] * 4, i, o, i) for i, o in pairwise(widths)]
+
+
+def placeholder_model(sizes: Sizes) -> CModel:
+    """A model that has sizes but no weights."""
+    blocked, deter, stoch, classes, action, hidden, blocks, head = sizes
+    pointers = ("hidden_weight", "hidden_bias", "gate_weight", "gate_bias", "cell_scale")
+    inputs = {"in_stoch": stoch * classes, "in_action": action, "in_deter": deter}
+    return CModel(
+        cell=blocked,
+        deter=deter,
+        stoch=stoch,
+        classes=classes,
+        action=action,
+        hidden=hidden,
+        blocks=blocks,
+        **dict.fromkeys((*pointers, "cell_shift"), SOMEWHERE),
+        **{name: placeholder_layers(width, [hidden])[0] for name, width in inputs.items()},
+        head=(CLayer * MAX_LAYERS)(*placeholder_layers(deter, head)),
+        head_layers=len(head),
+    )

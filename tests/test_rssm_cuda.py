@@ -14,13 +14,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_rssm import (
+    SHAPES,
+    TOLERANCE,
+    Draw,
+    cells,
+    gradients,
+    imagine_arguments,
+    make_scan,
+    make_weights,
+)
 from torch import Tensor
 
 from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import _compute as _imagine
-from fastdreamer.kernels.rssm_imagine import rssm_imagine
-from fastdreamer.kernels.rssm_observe import _operator, rssm_observe
-from test_rssm import SHAPES, TOLERANCE, Draw, cells, gradients, imagine_arguments, make_scan, make_weights
+from fastdreamer.kernels.rssm_imagine import _takes as imagine_takes
+from fastdreamer.kernels.rssm_imagine import rssm_imagine, rssm_imagine_cuda
+from fastdreamer.kernels.rssm_observe import (
+    CObserve,
+    _flatten,
+    _operator,
+    rssm_observe,
+    rssm_observe_cuda,
+)
+from fastdreamer.kernels.rssm_observe import _ask as observe_takes
+from fastdreamer.kernels.rssm_weights import CModel, c_model
 
 pytestmark = pytest.mark.operators
 
@@ -145,3 +163,136 @@ def test_imagine_in_bfloat16(emulate, rounding, cell, shape, blocks):
     actual = _imagine(*arguments, torch.bfloat16)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, **BFLOAT16)
+
+
+@cells
+def test_sizes_decide_who_serves(emulate, cell, monkeypatch):
+    """By the library where it takes a model forward and backward, else by the reference."""
+    draw, shape = Draw(), SHAPES[0]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    rollout = imagine_arguments(cell, shape, "dc", torch.float32)
+    calls = []
+    launch = library.launch
+    monkeypatch.setattr(library, "launch", lambda *args: (calls.append(args[0]), launch(*args)))
+    expected = (rssm_observe(weights, *scan), rssm_imagine(*rollout))
+    for shared, served in ((1 << 18, ["fd_rssm_observe", "fd_rssm_imagine"]), (1 << 10, [])):
+        emulate(2, 1, 0, shared)
+        observe_takes.cache_clear()
+        imagine_takes.cache_clear()
+        actual = (rssm_observe_cuda(weights, *scan), rssm_imagine_cuda(*rollout))
+        assert calls == served
+        calls.clear()
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@cells
+def test_autocast_chooses_bfloat16(emulate, monkeypatch, cell):
+    draw, shape = Draw(), SHAPES[1]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+    expected = _operator(weights, *scan, torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    actual = rssm_observe_cuda(weights, *scan)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@cells
+def test_compiles_to_one_graph(emulate, cell):
+    draw, shape = Draw(), SHAPES[0]
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+
+    def run(embedded: Tensor) -> Tensor:
+        deter, stoch, logp = rssm_observe_cuda(weights, *scan[:3], embedded, *scan[4:])
+        return deter.sum() + (stoch * logp).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    embedded = scan[3].clone().requires_grad_()
+    (actual,) = torch.autograd.grad(compiled(embedded), embedded)
+    (expected,) = torch.autograd.grad(run(embedded), embedded)
+    assert torch.equal(actual, expected)
+
+
+@cells
+@pytest.mark.parametrize("size", [(0, 5), (3, 0)], ids=str)
+def test_observe_of_nothing(emulate, cell, size):
+    draw, shape = Draw(grad=True), (*size, *SHAPES[0][2:])
+    weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
+    emulate(2, 1, 0)
+    deter, _, logp = rssm_observe_cuda(weights, *scan)
+    assert deter.shape == (*size, shape[2])
+    grads = torch.autograd.grad(deter.sum() + logp.sum(), _flatten(weights))
+    assert not any(x.any() for x in grads)
+
+
+@cells
+def test_imagine_of_nothing(emulate, cell):
+    emulate(2, 1, 0)
+    for shape in ((0, 3, *SHAPES[0][2:]), (3, 0, *SHAPES[0][2:])):
+        arguments = imagine_arguments(cell, shape, "d", torch.float32)
+        pairs = zip(rssm_imagine_cuda(*arguments), rssm_imagine(*arguments), strict=True)
+        for x, y in pairs:
+            torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+class TestCInterface:
+    """The C function of the scan, called as another program would."""
+
+    @pytest.fixture(autouse=True)
+    def _emulated(self, emulate):
+        emulate(2, 1, 0)
+        draw, shape = Draw(), SHAPES[0]
+        self.weights = make_weights(draw, "block_gru", shape)
+        self.model = c_model(self.weights, shape[5], self.weights.posterior)
+        self.memory = torch.zeros(1 << 20)
+        pointers = {k: self.memory.data_ptr() for k, _ in CObserve._fields_[2:]}
+        self.scan = CObserve(B=1, T=1, **pointers)
+        self.launch = library.Launch(compute=0)
+
+    def call(self, *structures: object) -> int:
+        """The error code of the function; what it was told is not used where it is not 0."""
+        types = (CModel, CObserve, library.Launch)
+        c_function = library._load("cuda").fd_rssm_observe
+        c_function.argtypes = [ctypes.POINTER(x) for x in types]
+        c_function.errcheck = lambda error, *_: error
+        return c_function(*structures)
+
+    def test_says_what_it_needs_and_refuses_less(self):
+        assert self.call(self.model, self.scan, self.launch) == 0
+        assert self.launch.workspace_bytes > 0
+        self.launch.workspace = self.memory.data_ptr()
+        assert self.call(self.model, self.scan, self.launch) == 0
+        self.launch.workspace += 4
+        assert self.call(self.model, self.scan, self.launch) == 7
+        self.launch.workspace -= 4
+        self.launch.workspace_bytes -= 1
+        assert self.call(self.model, self.scan, self.launch) == 7
+
+    def test_null_structures(self):
+        arguments = [self.model, self.scan, self.launch]
+        for i in range(3):
+            assert self.call(*arguments[:i], None, *arguments[i + 1 :]) == 1
+
+    @pytest.mark.parametrize("name", [k for k, _ in CObserve._fields_[2:]])
+    def test_null_tensors(self, name):
+        setattr(self.scan, name, None)
+        assert self.call(self.model, self.scan, self.launch) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("cell", 2), ("deter", 0), ("deter", 25), ("blocks", 65), ("head_layers", 3)],
+    )
+    def test_sizes(self, name, value):
+        setattr(self.model, name, value)
+        assert self.call(self.model, self.scan, self.launch) == 2
+
+    def test_beyond_the_device(self):
+        self.scan.T = 1 << 21
+        assert self.call(self.model, self.scan, self.launch) == 6
+
+    def test_compute(self):
+        self.launch.compute = 1
+        assert self.call(self.model, self.scan, self.launch) == 3

@@ -35,6 +35,7 @@ def build(folder: Path) -> Path:
         "CMAKE_CXX_COMPILER": os.environ.get("CXX", "g++"),
         "FASTDREAMER_SANITIZE": "address,undefined",
         "FASTDREAMER_OUTPUT_DIR": folder,
+        "FASTDREAMER_CUDA": "OFF",
     }
     flags = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run(["cmake", "-S", ROOT, "-B", folder / "build", *flags], check=True)
@@ -42,10 +43,13 @@ def build(folder: Path) -> Path:
     return folder / "libfastdreamer_cpu.so"
 
 
-@pytest.mark.skipif(
+on_request = pytest.mark.skipif(
     not os.environ.get("FASTDREAMER_SANITIZE"),
     reason="takes minutes: FASTDREAMER_SANITIZE=1, on Linux with CMake and GCC",
 )
+
+
+@on_request
 def test_address_and_undefined_behaviour(tmp_path):
     environment = os.environ | {
         "FASTDREAMER_LIBRARY": str(build(tmp_path)),
@@ -65,3 +69,18 @@ def test_address_and_undefined_behaviour(tmp_path):
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+
+
+@on_request
+@pytest.mark.parametrize("size", [(1, 4), (4, 2), (5, 1)], ids=str)
+def test_races_of_cuda_kernels(tmp_path, size):
+    """Blocks and warps as threads: every exchange between them has its barrier."""
+    program, csrc = tmp_path / "threads", ROOT / "csrc"
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Wno-unknown-pragmas"]
+    command = [os.environ.get("CXX", "g++"), *flags, f"-I{csrc}", f"-I{csrc / 'cuda'}"]
+    subprocess.run([*command, ROOT / "tests" / "cuda_threads.cpp", "-o", program], check=True)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    arguments = [program, *map(str, size)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert done.stdout.count("error 0") == 12

@@ -102,8 +102,8 @@ struct GpuBlock {
       __syncthreads();
     } else if (kind == kTeamCluster) {
 #if __CUDA_ARCH__ >= 900
-      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      __cluster_barrier_arrive();
+      __cluster_barrier_wait();
 #endif
     } else {
       __syncthreads();

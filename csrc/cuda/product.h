@@ -171,6 +171,7 @@ FD_FN void multiply(
         const int first = begin > before ? begin - before : 0;
         const int last = end - before < product.chunks() ? end - before : product.chunks();
         before += product.chunks();
+#pragma unroll 4  // so that weights are on their way while others are multiplied
         for (int c = first; c < last; ++c) {
           const typename Compute::Scalar *from_a[NT], *from_w[NT];
 #pragma unroll
