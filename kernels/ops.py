@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
+from .conv_norm_act import conv_norm_act, conv_norm_act_cpp
 from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
 from .lambda_return import lambda_return
 from .latent_linear import latent_linear, latent_linear_cpp
@@ -47,6 +48,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "rssm_imagine": {"reference": rssm_imagine, "cpp": rssm_imagine_cpp},
     "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
     "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
+    "conv_norm_act": {"reference": conv_norm_act, "cpp": conv_norm_act_cpp},
     "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
     "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
     "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
@@ -84,6 +86,8 @@ class Ops:
     """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
+    conv_norm_act: Callable[..., Tensor]
+    """Convolution, norm and SiLU; see `fastdreamer.kernels.conv_norm_act`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]
