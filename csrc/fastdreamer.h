@@ -248,7 +248,8 @@ typedef struct fd_conv {
   const float* shift;  /* (O,) or null */
   float* y;            /* (N, H', W', O) */
   float* z;            /* (N' / 16, H', W', O, 16) before the norm, kept; or null without one */
-  uint8_t* index;      /* like z: which of its 2x2 each maximum was; POOL only */
+  int32_t* index;      /* (N' / 16, H', W', O / 16 rounded up, 16) which of its 2x2 each maximum was,
+                        * two bits for each of 16 channels; POOL only */
 } fd_conv;
 
 FD_API int32_t fd_conv_norm_act(const fd_conv* conv);

@@ -243,10 +243,18 @@ def _fake(
     """The output; its value before the norm and which pixels were the maxima, in blocks."""
     _check(x, weight, bias, scale, shift, kind=kind, norm=norm)
     shape = _output_shape(x, weight, kind)
-    kept = ((shape[0] + BLOCK - 1) // BLOCK, *shape[1:], BLOCK)
-    z = weight.new_empty(0 if scale is None else kept)
-    index = weight.new_empty(kept if kind == "pool" else 0, dtype=torch.uint8)
-    return weight.new_empty(shape), z, index
+    z, words = _kept_shapes(shape)
+    kept = weight.new_empty(0 if scale is None else z)
+    index = weight.new_empty(words if kind == "pool" else 0, dtype=torch.int32)
+    return weight.new_empty(shape), kept, index
+
+
+def _kept_shapes(shape: torch.Size) -> tuple[torch.Size, torch.Size]:
+    """Of z and index for an output's shape; index has two bits for each of 16 channels."""
+    n, height, width, channels = shape
+    blocks, words = (n + BLOCK - 1) // BLOCK, (channels + 15) // 16
+    kept = torch.Size((blocks, height, width, channels, BLOCK))
+    return kept, torch.Size((blocks, height, width, words, BLOCK))
 
 
 def _c_conv(
@@ -318,8 +326,10 @@ def _fake_backward(
     shape = _output_shape(x, weight, kind)
     if dy.shape != shape or dy.dtype != torch.float32:
         raise ValueError(f"conv_norm_act: dy {tuple(dy.shape)} {dy.dtype}, y {shape} float32")
-    kept = ((shape[0] + BLOCK - 1) // BLOCK * BLOCK) * shape[1:].numel()
-    if z.numel() != kept * (scale is not None) or index.numel() != kept * (kind == "pool"):
+    kept, words = _kept_shapes(shape)
+    if z.numel() != kept.numel() * (scale is not None) or (
+        index.numel() != words.numel() * (kind == "pool")
+    ):
         raise ValueError("conv_norm_act: z and index must be those of the forward pass")
     dx = dy.new_empty(x.shape if wants_dx else 0)
     return dx, dy.new_empty(weight.shape), *(dy.new_empty(shape[3]) for _ in range(3))

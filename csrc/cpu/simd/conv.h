@@ -32,30 +32,34 @@ class Image {
   Buffer data_;
 };
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
 static inline float pixel(float x) { return x; }
 static inline float pixel(uint8_t x) { return x / 255.0f - 0.5f; }
-static inline Vec pixels(const float* x) { return load(x); }
-static inline Vec pixels(const uint8_t* x) {
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(x), Vec) / 255.0f - 0.5f;
+
+// A vector of the transposed words of rows, as elements: of float32 it is one, of uint8 four.
+static inline void store_words(float, Vec word, float* out) { store(out, word); }
+static inline void store_words(uint8_t, Vec word, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    const Vec x = __builtin_convertvector((bits(word) >> 8 * i) & 255, Vec);
+    store(out + i * kLanes, x / 255.0f - 0.5f);
+  }
 }
 
 // `count` elements of each of the first `images` images, which lie `stride` apart, to lanes; lanes
-// without an image become 0.
+// without an image become 0, or what a 0 of uint8 is.
 template <typename scalar>
 static inline void read_lanes(
     const scalar* x, int64_t stride, int images, int64_t count, float* out) {
+  constexpr int inside = 4 / sizeof(scalar);  // elements of a word
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; j + kLanes * inside <= count; j += kLanes * inside) {
     Vec v[kLanes];
-    for (int i = 0; i < kLanes; ++i) v[i] = i < images ? pixels(x + i * stride + j) : Vec{};
+    for (int i = 0; i < kLanes; ++i)
+      v[i] = i < images ? load(reinterpret_cast<const float*>(x + i * stride + j)) : Vec{};
     transpose<kLanes>(v);
-    for (int i = 0; i < kLanes; ++i) store(out + (j + i) * kLanes, v[i]);
+    for (int i = 0; i < kLanes; ++i) store_words(scalar(), v[i], out + (j + i * inside) * kLanes);
   }
   for (; j < count; ++j)
-    for (int i = 0; i < kLanes; ++i)
-      out[j * kLanes + i] = i < images ? pixel(x[i * stride + j]) : 0.0f;
+    for (int i = 0; i < kLanes; ++i) out[j * kLanes + i] = pixel(i < images ? x[i * stride + j] : scalar());
 }
 
 static inline void write_lanes(
@@ -155,43 +159,48 @@ static inline void conv_channels(
   }
 }
 
-// Row y of the output, (columns, O) vectors.
+// Row y of the output, (columns, O) vectors; a few columns at a time, that the cache keeps while all
+// channels pass.
 static inline void conv_row(const Image& in, const Filter& f, int64_t y, float* out) {
+  constexpr int64_t kChunk = 24;
   const auto [border, K, stride, splits, shifts] = f.window;
-  const int64_t J = K * in.C(), column = in.C() * kLanes, size = K * J * f.O;
-  if (!splits)
-    return conv_channels(
-        in.W() / stride, in.corner() + y * stride * in.row(), in.row(), stride * column, K, J,
-        f.weight, f.O, f.bias, out, f.O * kLanes);
-  const int64_t odd = y % 2;
-  const float* x = in.corner() + (y / 2 + (shifts ? odd : 0)) * in.row();
-  for (int64_t right = 0; right < 2; ++right)
-    conv_channels(
-        in.W(), x + (shifts ? right * column : 0), in.row(), column, K, J,
-        f.weight + (2 * odd + right) * size, f.O, f.bias, out + right * f.O * kLanes,
-        2 * f.O * kLanes);
+  const int64_t J = K * in.C(), column = in.C() * kLanes, size = K * J * f.O, step = f.O * kLanes;
+  const int64_t columns = in.W() / stride, parities = splits ? 2 : 1, odd = splits ? y % 2 : 0;
+  const float* x = in.corner() + (y / parities * stride + (shifts ? odd : 0)) * in.row();
+  for (int64_t i = 0; i < columns; i += kChunk)
+    for (int64_t right = 0; right < parities; ++right)
+      conv_channels(
+          columns - i < kChunk ? columns - i : kChunk,
+          x + (i * stride + (shifts ? right : 0)) * column, in.row(), stride * column, K, J,
+          f.weight + (2 * odd + right) * size, f.O, f.bias, out + (i * parities + right) * step,
+          parities * step);
 }
 
-constexpr int kLeft = kLanes == 16 ? 4 : 3;  // rows of a tile of a weight's gradient
+// Tiles of a weight's gradient.
+constexpr int kRight = kLanes == 16 ? 6 : 4;
+constexpr int tile_left(int right) {
+  return kLanes == 16 ? (right > 4 ? 4 : right > 3 ? 6 : 8) : right > 3 ? 3 : 4;
+}
 
-// dweight[a][b], `width` vectors from a to a, += sum over rows and columns of x[a] dy[b].
-template <int left, int right>
+// dweight[a][b], `width` vectors from a to a, += sum over rows and columns of x[a] dy[b]; the dy of
+// one after the other.
+template <int right, int left>
 static inline void gradient_tile(
     int64_t rows, int64_t columns, const float* x, int64_t x_row, int64_t x_step, const float* dy,
-    int64_t dy_row, int64_t dy_step, float* dweight, int64_t width) {
+    float* dweight, int64_t width) {
   Vec sums[left][right];
 #pragma GCC unroll 8
   for (int a = 0; a < left; ++a)
 #pragma GCC unroll 8
     for (int b = 0; b < right; ++b) sums[a][b] = Vec{};
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t i = 0; i < columns; ++i, dy += right * kLanes) {
       Vec v[left];
 #pragma GCC unroll 8
       for (int a = 0; a < left; ++a) v[a] = load(x + r * x_row + i * x_step + a * kLanes);
 #pragma GCC unroll 8
       for (int b = 0; b < right; ++b) {
-        const Vec d = load(dy + r * dy_row + i * dy_step + b * kLanes);
+        const Vec d = load(dy + b * kLanes);
 #pragma GCC unroll 8
         for (int a = 0; a < left; ++a) sums[a][b] += v[a] * d;
       }
@@ -205,23 +214,18 @@ static inline void gradient_tile(
     }
 }
 
-template <int left>
-static inline void gradient_columns(
-    int64_t rows, int64_t columns, const float* x, int64_t x_row, int64_t x_step, const float* dy,
-    int64_t dy_row, int64_t dy_step, float* dweight, int64_t width) {
-  constexpr int most = kLanes == 16 ? 6 : 4;
-  for (int64_t b = 0; b < width;) {
-    const int64_t tiles = (width - b + most - 1) / most, right = (width - b + tiles - 1) / tiles;
-    const auto tile = right == 1   ? gradient_tile<left, 1>
-                      : right == 2 ? gradient_tile<left, 2>
-                      : right == 3 ? gradient_tile<left, 3>
-                      : right == 4 ? gradient_tile<left, 4>
-                      : right == 5 ? gradient_tile<left, 5>
-                                   : gradient_tile<left, 6>;
-    tile(
-        rows, columns, x, x_row, x_step, dy + b * kLanes, dy_row, dy_step, dweight + b * kLanes,
+template <int right, int left = tile_left(right)>
+static inline void gradient_row(
+    int64_t J, int64_t rows, int64_t columns, const float* x, int64_t x_row, int64_t x_step,
+    const float* dy, float* dweight, int64_t width) {
+  if constexpr (left > 0) {
+    int64_t j = 0;
+    for (; j + left <= J; j += left)
+      gradient_tile<right, left>(
+          rows, columns, x + j * kLanes, x_row, x_step, dy, dweight + j * width * kLanes, width);
+    gradient_row<right, left - 1>(
+        J - j, rows, columns, x + j * kLanes, x_row, x_step, dy, dweight + j * width * kLanes,
         width);
-    b += right;
   }
 }
 
@@ -229,23 +233,30 @@ static inline void gradient_columns(
 // size: a vector for each.
 static inline void add_weight_gradient(
     const Image& x, const Image& dy, int64_t K, int64_t stride, float* dweight) {
-  constexpr int64_t kPixels = 128;  // that stay in the cache while all weights pass
+  constexpr int64_t kPixels = 64;  // whose dy the cache keeps while all of x passes
   const int64_t J = K * x.C(), O = dy.C(), step = kPixels / dy.W() > 0 ? kPixels / dy.W() : 1;
+  const Buffer packed(step * dy.W() * kRight * kLanes);
   for (int64_t y = 0; y < dy.H(); y += step) {
     const int64_t rows = dy.H() - y < step ? dy.H() - y : step;
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t j = 0; j < J;) {
-        const int64_t tiles = (J - j + kLeft - 1) / kLeft, left = (J - j + tiles - 1) / tiles;
-        const auto tile = left == 1   ? gradient_columns<1>
-                          : left == 2 ? gradient_columns<2>
-                          : left == 3 ? gradient_columns<3>
-                                      : gradient_columns<4>;
-        tile(
-            rows, dy.W(), x.corner() + (y * stride + k) * x.row() + j * kLanes, stride * x.row(),
-            stride * x.C() * kLanes, dy.at(y), dy.row(), O * kLanes,
-            dweight + (k * J + j) * O * kLanes, O);
-        j += left;
-      }
+    for (int64_t o = 0; o < O;) {
+      const int64_t tiles = (O - o + kRight - 1) / kRight, right = (O - o + tiles - 1) / tiles;
+      float* to = packed.get();
+      for (int64_t r = y; r < y + rows; ++r)
+        for (int64_t i = 0; i < dy.W(); ++i)
+          for (int64_t b = 0; b < right; ++b, to += kLanes)
+            store(to, load(dy.at(r) + (i * O + o + b) * kLanes));
+      const auto row = right == 1   ? gradient_row<1>
+                       : right == 2 ? gradient_row<2>
+                       : right == 3 ? gradient_row<3>
+                       : right == 4 ? gradient_row<4>
+                       : right == 5 ? gradient_row<5>
+                                    : gradient_row<6>;
+      for (int64_t k = 0; k < K; ++k)
+        row(
+            J, rows, dy.W(), x.corner() + (y * stride + k) * x.row(), stride * x.row(),
+            stride * x.C() * kLanes, packed.get(), dweight + (k * J * O + o) * kLanes, O);
+      o += right;
+    }
   }
 }
 

@@ -1,6 +1,4 @@
 // Convolution, pooling, norm and SiLU of blocks of kConvBlock images; see conv.h for how.
-#include <math.h>
-
 #include "../conv.h"
 #include "conv.h"
 #include "norm.h"
@@ -24,17 +22,17 @@ bool shrinks(const fd_conv& conv) {
 struct Part {
   int64_t image;
   int images;
-  int64_t kept;
+  int64_t z, index;
 };
 
 template <typename Body>
 void for_parts(const fd_conv& conv, int64_t begin, int64_t end, const Body& body) {
   const ConvSize size(conv);
   for (int64_t image = begin * kConvBlock; image < end * kConvBlock; image += kLanes) {
-    const int64_t left = conv.N - image, block = image / kConvBlock;
+    const int64_t left = conv.N - image, lane = image % kConvBlock, block = image - lane;
     if (left <= 0) break;
     const int images = static_cast<int>(left < kLanes ? left : kLanes);
-    body(Part{image, images, block * kConvBlock * size.output + image % kConvBlock});
+    body(Part{image, images, block * size.output + lane, block * size.words + lane});
   }
 }
 
@@ -49,22 +47,26 @@ void read_images(const fd_conv& conv, const Part& part, const Image& to) {
   }
 }
 
-// The largest of every 2x2 of two rows of `columns` pixels of O channels, the first of equals, and
-// its number in row-major order.
-void pool(const float* rows, int64_t columns, int64_t O, float* z, uint8_t* index) {
+// The largest of every 2x2 of two rows of `columns` pixels of O channels, the first of equals; words
+// of two bits for each of 16 channels hold its number in row-major order.
+void pool(const float* rows, int64_t columns, int64_t O, float* z, int32_t* index) {
   for (int64_t x = 0; x < columns / 2; ++x)
-    for (int64_t o = 0; o < O; ++o) {
-      const float* corner = rows + (2 * x * O + o) * kLanes;
-      Vec best = load(corner);
-      IntVec which{};
-      for (int k = 1; k < 4; ++k) {
-        const Vec v = load(corner + (k / 2 * columns + k % 2) * O * kLanes);
-        const IntVec larger = (v > best) | (v != v);
-        best = larger ? v : best;
-        which = larger ? IntVec{} + k : which;
+    for (int64_t first = 0; first < O; first += 16, index += kConvBlock) {
+      IntVec word{};
+      for (int64_t o = first; o < O && o < first + 16; ++o) {
+        const float* corner = rows + (2 * x * O + o) * kLanes;
+        Vec best = load(corner);
+        IntVec which{};
+        for (int k = 1; k < 4; ++k) {
+          const Vec v = load(corner + (k / 2 * columns + k % 2) * O * kLanes);
+          const IntVec larger = (v > best) | (v != v);
+          best = larger ? v : best;
+          which = larger ? IntVec{} + k : which;
+        }
+        store(z + (x * O + o) * kLanes, best);
+        word |= which << static_cast<int>(2 * (o - first));
       }
-      store(z + (x * O + o) * kLanes, best);
-      for (int i = 0; i < kLanes; ++i) index[(x * O + o) * kConvBlock + i] = which[i];
+      store_bits(index, word);
     }
 }
 
@@ -73,7 +75,7 @@ struct LaneMoments {
 };
 
 LaneMoments lane_moments(const Norm& norm, const float* z, int64_t step, int64_t n) {
-  Vec total{}, square{}, r;
+  Vec total{}, square{};
   if (norm.centred)
     for (int64_t c = 0; c < n; ++c) total += load(z + c * step);
   const Vec mean = total / static_cast<float>(n);
@@ -81,9 +83,7 @@ LaneMoments lane_moments(const Norm& norm, const float* z, int64_t step, int64_t
     const Vec d = load(z + c * step) - mean;
     square += d * d;
   }
-  const Vec var = square / static_cast<float>(n) + norm.eps;
-  for (int i = 0; i < kLanes; ++i) r[i] = 1.0f / sqrtf(var[i]);
-  return {mean, r};
+  return {mean, rsqrt(square / static_cast<float>(n) + norm.eps)};
 }
 
 // Norm and SiLU of a pixel of n channels in place, which is kept before.
@@ -123,17 +123,19 @@ void norm_pixel_backward(
 }
 
 // The gradient before pooling of row y after it.
-void unpool(const float* dz, const uint8_t* index, int64_t columns, const Image& to, int64_t y) {
+void unpool(const float* dz, const int32_t* index, int64_t columns, const Image& to, int64_t y) {
   const int64_t O = to.C();
   for (int64_t x = 0; x < columns; ++x)
-    for (int64_t o = 0; o < O; ++o) {
-      const Vec grad = load(dz + (x * O + o) * kLanes);
-      const uint8_t* from = index + (x * O + o) * kConvBlock;
-      const IntVec which = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), IntVec);
-      for (int k = 0; k < 4; ++k)
-        store(
-            to.at(2 * y + k / 2) + ((2 * x + k % 2) * O + o) * kLanes,
-            which == IntVec{} + k ? grad : Vec{});
+    for (int64_t first = 0; first < O; first += 16, index += kConvBlock) {
+      const IntVec word = load_bits(index);
+      for (int64_t o = first; o < O && o < first + 16; ++o) {
+        const IntVec which = (word >> static_cast<int>(2 * (o - first))) & 3;
+        const Vec grad = load(dz + (x * O + o) * kLanes);
+        for (int k = 0; k < 4; ++k)
+          store(
+              to.at(2 * y + k / 2) + ((2 * x + k % 2) * O + o) * kLanes,
+              which == IntVec{} + k ? grad : Vec{});
+      }
     }
 }
 
@@ -148,16 +150,17 @@ void output_gradient(
     float* dz = conv.kind == FD_CONV_POOL ? row : to.at(y);
     read_lanes(
         grad.dy + part.image * size.output + y * width, size.output, part.images, width, dz);
-    const int64_t kept = part.kept + y * width * kConvBlock;
+    const float* kept = conv.z + part.z + y * width * kConvBlock;
     for (int64_t x = 0; conv.scale && x < size.W; ++x)
       norm_pixel_backward(
-          norm, conv.z + kept + x * conv.O * kConvBlock, dz + x * conv.O * kLanes, dscale, dshift,
+          norm, kept + x * conv.O * kConvBlock, dz + x * conv.O * kLanes, dscale, dshift,
           conv.O);
     for (int64_t i = 0; i < width; ++i) {
       float* sum = dbias + i % conv.O * kLanes;
       store(sum, load(sum) + load(dz + i * kLanes));
     }
-    if (conv.kind == FD_CONV_POOL) unpool(dz, conv.index + kept, size.W, to, y);
+    const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
+    if (conv.kind == FD_CONV_POOL) unpool(dz, conv.index + index, size.W, to, y);
   }
 }
 
@@ -175,17 +178,17 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
     read_images(conv, part, image);
     for (int64_t y = 0; y < size.H; ++y) {
       float* z = row.get();
-      const int64_t kept = part.kept + y * width * kConvBlock;
+      float* kept = conv.z + part.z + y * width * kConvBlock;
       if (conv.kind == FD_CONV_POOL) {
         conv_row(image, filter, 2 * y, rows.get());
         conv_row(image, filter, 2 * y + 1, rows.get() + conv.W * conv.O * kLanes);
-        pool(rows.get(), conv.W, conv.O, z, conv.index + kept);
+        const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
+        pool(rows.get(), conv.W, conv.O, z, conv.index + index);
       } else {
         conv_row(image, filter, y, z);
       }
       for (int64_t x = 0; conv.scale && x < size.W; ++x)
-        norm_pixel(
-            norm, z + x * conv.O * kLanes, conv.z + kept + x * conv.O * kConvBlock, conv.O);
+        norm_pixel(norm, z + x * conv.O * kLanes, kept + x * conv.O * kConvBlock, conv.O);
       write_lanes(
           conv.y + part.image * size.output + y * width, size.output, part.images, width, z);
     }
