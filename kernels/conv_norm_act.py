@@ -93,7 +93,7 @@ def _convolution(
     _check_shapes(x, weight, bias, scale, shift, kind)
     if x.dtype == torch.uint8:
         x = x.to(weight.dtype) / 255 - 0.5
-    x = x.permute(0, 3, 1, 2)
+    x = x.contiguous().permute(0, 3, 1, 2)
     if kind == "upsample":
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if kind == "transpose":

@@ -236,28 +236,41 @@ static inline void add_weight_gradient(
   constexpr int64_t kPixels = 64;  // whose dy the cache keeps while all of x passes
   const int64_t J = K * x.C(), O = dy.C(), step = kPixels / dy.W() > 0 ? kPixels / dy.W() : 1;
   const Buffer packed(step * dy.W() * kRight * kLanes);
-  for (int64_t y = 0; y < dy.H(); y += step) {
-    const int64_t rows = dy.H() - y < step ? dy.H() - y : step;
-    for (int64_t o = 0; o < O;) {
-      const int64_t tiles = (O - o + kRight - 1) / kRight, right = (O - o + tiles - 1) / tiles;
+  for (int64_t o = 0; o < O;) {
+    const int64_t tiles = (O - o + kRight - 1) / kRight, right = (O - o + tiles - 1) / tiles;
+    const auto row = right == 1   ? gradient_row<1>
+                     : right == 2 ? gradient_row<2>
+                     : right == 3 ? gradient_row<3>
+                     : right == 4 ? gradient_row<4>
+                     : right == 5 ? gradient_row<5>
+                                  : gradient_row<6>;
+    for (int64_t y = 0; y < dy.H(); y += step) {
+      const int64_t rows = dy.H() - y < step ? dy.H() - y : step;
       float* to = packed.get();
       for (int64_t r = y; r < y + rows; ++r)
         for (int64_t i = 0; i < dy.W(); ++i)
           for (int64_t b = 0; b < right; ++b, to += kLanes)
             store(to, load(dy.at(r) + (i * O + o + b) * kLanes));
-      const auto row = right == 1   ? gradient_row<1>
-                       : right == 2 ? gradient_row<2>
-                       : right == 3 ? gradient_row<3>
-                       : right == 4 ? gradient_row<4>
-                       : right == 5 ? gradient_row<5>
-                                    : gradient_row<6>;
       for (int64_t k = 0; k < K; ++k)
         row(
             J, rows, dy.W(), x.corner() + (y * stride + k) * x.row(), stride * x.row(),
             stride * x.C() * kLanes, packed.get(), dweight + (k * J * O + o) * kLanes, O);
-      o += right;
     }
+    o += right;
   }
+}
+
+// Sums over the lanes of `count` vectors.
+static inline void sum_lanes(const float* lanes, int64_t count, float* sums) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vec v[kLanes], total{};
+    for (int k = 0; k < kLanes; ++k) v[k] = load(lanes + (i + k) * kLanes);
+    transpose<kLanes>(v);
+    for (int k = 0; k < kLanes; ++k) total += v[k];
+    store(sums + i, total);
+  }
+  for (; i < count; ++i) sums[i] = sum(load(lanes + i * kLanes));
 }
 
 }  // namespace FD_ISA

@@ -75,15 +75,16 @@ struct LaneMoments {
 };
 
 LaneMoments lane_moments(const Norm& norm, const float* z, int64_t step, int64_t n) {
+  const float share = 1.0f / n;
   Vec total{}, square{};
   if (norm.centred)
     for (int64_t c = 0; c < n; ++c) total += load(z + c * step);
-  const Vec mean = total / static_cast<float>(n);
+  const Vec mean = total * share;
   for (int64_t c = 0; c < n; ++c) {
     const Vec d = load(z + c * step) - mean;
     square += d * d;
   }
-  return {mean, rsqrt(square / static_cast<float>(n) + norm.eps)};
+  return {mean, rsqrt(square * share + norm.eps)};
 }
 
 // Norm and SiLU of a pixel of n channels in place, which is kept before.
@@ -223,7 +224,7 @@ void conv_norm_act_backward(
     else
       add_weight_gradient(dz, x, filter.window.K, filter.window.stride, lanes.get());
   });
-  for (int64_t i = 0; i < size.sums; ++i) sums[i] = sum(load(lanes.get() + i * kLanes));
+  sum_lanes(lanes.get(), size.sums, sums);
 }
 
 }  // namespace FD_ISA
