@@ -218,15 +218,24 @@ FWD_SIGNATURE = (ctypes.POINTER(CConv),)
 BWD_SIGNATURE = (ctypes.POINTER(CConv), ctypes.POINTER(CConvGrad))
 
 
-def _check(x: Tensor, weight: Tensor, *vectors: Tensor | None, kind: str, norm: str) -> None:
-    _check_shapes(x, weight, *vectors, kind)
-    tensors = [weight, *(p for p in vectors if p is not None)]
-    if x.dtype not in (torch.float32, torch.uint8) or any(p.dtype != torch.float32 for p in tensors):
-        dtypes = ", ".join(str(p.dtype) for p in (x, *tensors))
-        raise TypeError(f"conv_norm_act: all float32, or x uint8, got {dtypes}")
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kind: str,
+    norm: str,
+) -> None:
+    _check_shapes(x, weight, bias, scale, shift, kind)
+    tensors = [p for p in (weight, bias, scale, shift) if p is not None]
+    dtypes = [p.dtype for p in (x, *tensors)]
+    if dtypes[0] not in (torch.float32, torch.uint8) or set(dtypes[1:]) != {torch.float32}:
+        got = ", ".join(map(str, dtypes))
+        raise TypeError(f"conv_norm_act: all float32, or x uint8, got {got}")
     if devices := {p.device for p in tensors} - {x.device}:
         raise ValueError(f"conv_norm_act: inputs on {x.device} and {devices.pop()}")
-    if norm not in ("layer", "rms") or (norm == "rms" and vectors[2] is not None):
+    if norm not in ("layer", "rms") or (norm == "rms" and shift is not None):
         raise ValueError(f"conv_norm_act: norm {norm!r}; it must be layer, or rms without a shift")
 
 
@@ -241,7 +250,7 @@ def _fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output; its value before the norm and which pixels were the maxima, in blocks."""
-    _check(x, weight, bias, scale, shift, kind=kind, norm=norm)
+    _check(x, weight, bias, scale, shift, kind, norm)
     shape = _output_shape(x, weight, kind)
     z, words = _kept_shapes(shape)
     kept = weight.new_empty(0 if scale is None else z)
@@ -284,10 +293,6 @@ def _c_conv(
     )
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -299,11 +304,10 @@ def _cpu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, z, index = outputs = _fake(x, weight, bias, scale, shift, kind, norm, eps)
-    x, bias, scale, shift = _contiguous(x, bias, scale, shift)
-    taps = _forward_weight(weight, kind)
-    conv = _c_conv(
-        x, y.shape[3], scale, shift, (kind, norm, eps), weight=taps, bias=bias, y=y, z=z, index=index
-    )
+    x, taps = x.contiguous(), _forward_weight(weight, kind)
+    bias, scale, shift = (None if p is None else p.contiguous() for p in (bias, scale, shift))
+    tensors = {"weight": taps, "bias": bias, "y": y, "z": z, "index": index}
+    conv = _c_conv(x, y.shape[3], scale, shift, (kind, norm, eps), **tensors)
     library.function("fd_conv_norm_act", FWD_SIGNATURE)(ctypes.byref(conv))
     return outputs
 
@@ -322,7 +326,7 @@ def _fake_backward(
     wants_dx: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of x (empty if not wanted), weight, bias, scale and shift (zeros without them)."""
-    _check(x, weight, None, scale, shift, kind=kind, norm=norm)
+    _check(x, weight, None, scale, shift, kind, norm)
     shape = _output_shape(x, weight, kind)
     if dy.shape != shape or dy.dtype != torch.float32:
         raise ValueError(f"conv_norm_act: dy {tuple(dy.shape)} {dy.dtype}, y {shape} float32")
@@ -351,7 +355,8 @@ def _cpu_backward(
     dx, _, *dvectors = _fake_backward(
         dy, x, weight, scale, shift, z, index, kind, norm, eps, wants_dx
     )
-    dy, x, scale, shift, z, index = _contiguous(dy, x, scale, shift, z, index)
+    dy, x, z, index = (p.contiguous() for p in (dy, x, z, index))
+    scale, shift = (None if p is None else p.contiguous() for p in (scale, shift))
     conv = _c_conv(x, dy.shape[3], scale, shift, (kind, norm, eps), z=z, index=index)
     taps, order = _GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
     channels = x.shape[3], dvectors[0].shape[0]
