@@ -1,7 +1,7 @@
 // Convolution, pooling, norm and SiLU of blocks of kConvBlock images; see conv.h for how.
 #include "../conv.h"
 #include "conv.h"
-#include "norm.h"
+#include "norm_lanes.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
@@ -70,59 +70,6 @@ void pool(const float* rows, int64_t columns, int64_t O, float* z, int32_t* inde
     }
 }
 
-struct LaneMoments {
-  Vec mean, r;
-};
-
-LaneMoments lane_moments(const Norm& norm, const float* z, int64_t step, int64_t n) {
-  const float share = 1.0f / n;
-  Vec total{}, square{};
-  if (norm.centred)
-    for (int64_t c = 0; c < n; ++c) total += load(z + c * step);
-  const Vec mean = total * share;
-  for (int64_t c = 0; c < n; ++c) {
-    const Vec d = load(z + c * step) - mean;
-    square += d * d;
-  }
-  return {mean, rsqrt(square * share + norm.eps)};
-}
-
-// Norm and SiLU of a pixel of n channels in place, which is kept before.
-void norm_pixel(const Norm& norm, float* z, float* kept, int64_t n) {
-  const LaneMoments m = lane_moments(norm, z, kLanes, n);
-  for (int64_t c = 0; c < n; ++c) {
-    const Vec x = load(z + c * kLanes);
-    store(kept + c * kConvBlock, x);
-    Vec v = (x - m.mean) * m.r * norm.scale[c];
-    if (norm.shift) v += norm.shift[c];
-    store(z + c * kLanes, v * sigmoid(v));
-  }
-}
-
-// The gradient of a pixel in place; adds those of scale and shift, a vector each.
-void norm_pixel_backward(
-    const Norm& norm, const float* kept, float* grad, float* dscale, float* dshift, int64_t n) {
-  const LaneMoments m = lane_moments(norm, kept, kConvBlock, n);
-  Vec total{}, product{};
-  for (int64_t c = 0; c < n; ++c) {
-    const Vec xhat = (load(kept + c * kConvBlock) - m.mean) * m.r;
-    const Vec v = xhat * norm.scale[c] + (norm.shift ? norm.shift[c] : 0.0f), s = sigmoid(v);
-    Vec g = load(grad + c * kLanes) * s * (1.0f + v * (1.0f - s));
-    store(dscale + c * kLanes, load(dscale + c * kLanes) + g * xhat);
-    store(dshift + c * kLanes, load(dshift + c * kLanes) + g);
-    g *= norm.scale[c];
-    store(grad + c * kLanes, g);
-    total += g;
-    product += g * xhat;
-  }
-  const Vec mean = norm.centred ? total / static_cast<float>(n) : Vec{};
-  const Vec along = product / static_cast<float>(n);
-  for (int64_t c = 0; c < n; ++c) {
-    const Vec xhat = (load(kept + c * kConvBlock) - m.mean) * m.r;
-    store(grad + c * kLanes, (load(grad + c * kLanes) - mean - xhat * along) * m.r);
-  }
-}
-
 // The gradient before pooling of row y after it.
 void unpool(const float* dz, const int32_t* index, int64_t columns, const Image& to, int64_t y) {
   const int64_t O = to.C();
@@ -153,9 +100,8 @@ void output_gradient(
         grad.dy + part.image * size.output + y * width, size.output, part.images, width, dz);
     const float* kept = conv.z + part.z + y * width * kConvBlock;
     for (int64_t x = 0; conv.scale && x < size.W; ++x)
-      norm_pixel_backward(
-          norm, kept + x * conv.O * kConvBlock, dz + x * conv.O * kLanes, dscale, dshift,
-          conv.O);
+      norm_lanes_backward<true, kConvBlock>(
+          norm, kept + x * conv.O * kConvBlock, dz + x * conv.O * kLanes, dscale, dshift, conv.O);
     for (int64_t i = 0; i < width; ++i) {
       float* sum = dbias + i % conv.O * kLanes;
       store(sum, load(sum) + load(dz + i * kLanes));
@@ -188,8 +134,10 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
       } else {
         conv_row(image, filter, y, z);
       }
+      for (int64_t i = 0; conv.scale && i < width; ++i)
+        store(kept + i * kConvBlock, load(z + i * kLanes));
       for (int64_t x = 0; conv.scale && x < size.W; ++x)
-        norm_pixel(norm, z + x * conv.O * kLanes, kept + x * conv.O * kConvBlock, conv.O);
+        norm_lanes<true>(norm, z + x * conv.O * kLanes, conv.O);
       write_lanes(
           conv.y + part.image * size.output + y * width, size.output, part.images, width, z);
     }
