@@ -35,6 +35,8 @@ class Image {
 static inline float pixel(float x) { return x; }
 static inline float pixel(uint8_t x) { return x / 255.0f - 0.5f; }
 
+typedef float Words __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
+
 // A vector of the transposed words of rows, as elements: of float32 it is one, of uint8 four.
 static inline void store_words(float, Vec word, float* out) { store(out, word); }
 static inline void store_words(uint8_t, Vec word, float* out) {
@@ -54,7 +56,7 @@ static inline void read_lanes(
   for (; j + kLanes * inside <= count; j += kLanes * inside) {
     Vec v[kLanes];
     for (int i = 0; i < kLanes; ++i)
-      v[i] = i < images ? load(reinterpret_cast<const float*>(x + i * stride + j)) : Vec{};
+      v[i] = i < images ? *reinterpret_cast<const Words*>(x + i * stride + j) : Vec{};
     transpose<kLanes>(v);
     for (int i = 0; i < kLanes; ++i) store_words(scalar(), v[i], out + (j + i * inside) * kLanes);
   }
