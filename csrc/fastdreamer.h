@@ -233,7 +233,8 @@ enum fd_conv_kind {
 #define FD_CONV_BLOCK 16 /* images that are kept side by side; N' is N rounded up to it */
 
 /* Convolution of N images, then, where `scale` is not null, norm over channels and SiLU as in
- * fd_norm_act. All contiguous; H' and W' are H and W doubled, or halved by POOL and STRIDE. */
+ * fd_norm_act. All contiguous; H' and W' are H and W doubled, or halved by POOL and STRIDE. At most
+ * 2^24 for H W C, H W O and 2^24 / 40 for C O: the kernels hold sixteen images at once. */
 typedef struct fd_conv {
   int32_t kind;    /* fd_conv_kind */
   int32_t input;   /* FD_FLOAT32, or FD_UINT8: pixels taken as x / 255 - 0.5 */

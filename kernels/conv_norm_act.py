@@ -89,7 +89,7 @@ def _library_is_faster(x: Tensor, *weights: Tensor | None) -> bool:
     """For float32 batches that fill its blocks, and few channels.
 
     Measured forward and backward with one thread on 1024 images, in AVX-512 and AVX2: the library
-    takes 0.1 to 1.04 of PyTorch's time up to MOST_CHANNELS, 0.9 to 2.1 from 24 x 48 on.
+    takes 0.1 to 1.04 of PyTorch's time up to MOST_CHANNELS, 0.9 to 2.2 from 24 x 48 on.
     """
     dtypes = {p.dtype for p in weights if p is not None}
     weight = weights[0]
@@ -123,7 +123,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> T
 
 
 def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """ "upsample" as one 3x3 convolution of the small image, with channels for each parity.
+    """The kind "upsample" as one 3x3 convolution of the small image, with channels by parity.
 
     A row or column of the doubled image is one of the small image twice, so that a 5x5 window
     meets 3x3 pixels, and weights on the same pixel are summed before: 36 products for 100.

@@ -201,13 +201,14 @@ def test_opcheck(cpp, kind, norm):
 
 
 @kinds
-def test_compiles_to_one_graph(cpp, kind):
+@pytest.mark.parametrize("channels", [(3, 8), (40, 48)], ids=str)
+def test_compiles_to_one_graph(cpp, kind, channels):
     def twice(*inputs: Tensor) -> Tensor:
         return 2 * cpp.conv_norm_act(*inputs, kind, "layer", EPS)
 
     torch._dynamo.reset()
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    inputs = make_inputs(kind, "layer", (BLOCK, 4, 6, 3, 8))
+    inputs = make_inputs(kind, "layer", (BLOCK, 4, 6, *channels))
     assert torch.equal(compiled(*inputs), twice(*inputs))
     for a, b in zip(*(gradients(f(*inputs), inputs) for f in (compiled, twice)), strict=True):
         assert torch.equal(a, b)
@@ -301,8 +302,9 @@ class TestCInterface:
             self.refuses(backward, "null pointer", **{name: None})
         for wrong in ({"kind": 4}, {"kind": -1}, {"N": -1}, {"H": 0}, {"W": 3}, {"C": 0}, {"O": 0}):
             self.refuses(backward, "size", **wrong)
-        self.refuses(backward, "size", H=2**40)
-        self.refuses(backward, "size", C=2**40)
+        for name in "NHCO":
+            self.refuses(backward, "size", **{name: 2**40})
+        self.refuses(backward, "size", C=2**10, O=2**10)
         self.refuses(backward, "dtype", input=1)
 
     def test_no_images(self):

@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kMaxParts = 32;
 constexpr int64_t kPartBlocks = 4;           // blocks that are worth sums of their own
 constexpr int64_t kMaxSums = 1 << 24;        // elements of all parts' sums
-constexpr int64_t kMaxElements = 1LL << 40;  // of any tensor
+constexpr int64_t kMaxImage = 1 << 26;       // elements of the larger image, at 4 H W
+constexpr int64_t kMaxImages = 1LL << 36;
 
 void forward(const fd_conv& conv, int64_t begin, int64_t end) {
   FD_DISPATCH(conv_norm_act(conv, begin, end))
@@ -39,21 +40,18 @@ int64_t parts_of(const fd_conv& conv) {
   return std::max<int64_t>(1, std::min(most, wanted));
 }
 
-bool fits(std::initializer_list<int64_t> sizes) {
-  int64_t product = 1;
-  for (const int64_t size : sizes) {
-    if (size > kMaxElements / product) return false;
-    product *= size;
-  }
-  return true;
+// Whether the product of positive sizes is at most `most`.
+bool fits(int64_t most, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) most /= size;
+  return most > 0;
 }
 
 int32_t check(const fd_conv* conv) {
   if (!conv) return FD_ERROR_NULL_POINTER;
   if (conv->kind < FD_CONV_POOL || conv->kind > FD_CONV_TRANSPOSE) return FD_ERROR_SIZE;
   if (conv->N < 0 || conv->H < 1 || conv->W < 1 || conv->C < 1 || conv->O < 1) return FD_ERROR_SIZE;
-  if (!fits({conv->N + kConvBlock, 4, conv->H, conv->W, std::max(conv->C, conv->O)}) ||
-      !fits({36, conv->C, conv->O}))
+  if (conv->N > kMaxImages || !fits(kMaxImage, {4, conv->H, conv->W, std::max(conv->C, conv->O)}) ||
+      !fits(kMaxSums, {40, conv->C, conv->O}))
     return FD_ERROR_SIZE;
   const bool shrinks = conv->kind == FD_CONV_POOL || conv->kind == FD_CONV_STRIDE;
   if (shrinks && (conv->H % 2 || conv->W % 2)) return FD_ERROR_SIZE;
