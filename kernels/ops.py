@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
+from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_norm_act_triton
 from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
@@ -100,6 +101,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": torch.ops.fastdreamer.kl.default,
         "triton": torch.ops.fastdreamer.kl.default,
     },
+    "conv_norm_act": {
+        "reference": conv_norm_act,
+        "cpp": conv_norm_act_cpp,
+        "triton": conv_norm_act_triton,
+    },
     "balanced_kl": {
         "reference": unimix.balanced_kl,
         "cpp": torch.ops.fastdreamer.balanced_kl.default,
@@ -146,6 +152,8 @@ class Ops:
     """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
+    conv_norm_act: Callable[..., Tensor]
+    """Convolution, norm and SiLU; see `fastdreamer.kernels.conv_norm_act`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]

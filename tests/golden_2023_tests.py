@@ -130,10 +130,10 @@ class TestFunctions2023(Case2023):
         key = encoder.images[0]
         image = golden.observation(f["encoder/rgb_uint8"])
         close(encoder({key: image}), f["encoder/embed"], tol.forward, "embedding")
-        x = image[0].permute(0, 3, 1, 2).to(golden.dtype) / 255 - 0.5
+        x = image[0].to(golden.dtype) / 255 - 0.5
         for i, stage in enumerate(encoder.cnn):
             x = stage(x)
-            close(x, f[f"encoder/stage{i}"], tol.forward, f"stage {i}")
+            close(x.movedim(-1, -3), f[f"encoder/stage{i}"], tol.forward, f"stage {i}")
 
     def test_decoder(self, golden, tol):
         f, decoder = golden.functions, golden.agent().world_model.decoder
