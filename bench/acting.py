@@ -1,4 +1,4 @@
-"""``python -m bench.acting``: latency of a policy step, observation in, action out; see ``--help``."""
+"""``python -m bench.acting``: latency of a policy step, observation in, action out."""
 
 from __future__ import annotations
 
