@@ -66,7 +66,7 @@ class Execution:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """ "auto" is bf16 on a GPU that has it, else fp32."""
+    """What the option comes to: "auto" is bf16 on a GPU that has it, else fp32."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
