@@ -63,7 +63,10 @@ def launches(stem: str) -> list[Launch]:
     module = import_module(f".{stem}_triton", __package__)
     with recording() as recorded:
         module.presets()
-    different = {repr(_specialise(each)) + repr(each.num_warps): each for each in recorded}
+    different = {}
+    for each in recorded:
+        options = (each.kernel.__name__, each.num_warps, each.num_stages)
+        different[repr((options, _specialise(each)))] = each
     return list(different.values())
 
 

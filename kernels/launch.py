@@ -1,3 +1,4 @@
+# mypy: disable-error-code=no-untyped-def
 """Launches Triton's kernels, or records the launches, to compile them ahead of time."""
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,11 @@ def recording() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = None
+
+
+@triton.jit
+def rows_and_columns(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program's rows (BLOCK_N, 1), all columns (1, BLOCK_K), and which of both there are."""
+    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    return n, k, (n < N) & (k < K)

@@ -1,7 +1,10 @@
 """Chooses, once, the implementation that serves each operator.
 
 To add an operator: write its reference in ``kernels/<stem>.py``, give it a field in `Ops` and a
-row in `IMPLEMENTATIONS`; backends join the row as they are written.
+row in `IMPLEMENTATIONS`; backends join the row as they are written. Triton's kernels are in
+``kernels/<stem>_triton.py``, which registers them with `register.serve`, launches them by
+`launch.launch`, and has ``presets()``, the launches to compile ahead of time; the stem joins
+`TRITON_STEMS`.
 """
 
 from __future__ import annotations

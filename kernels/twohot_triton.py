@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import twohot as plain
-from .launch import launch
+from .launch import launch, rows_and_columns
 from .register import serve
 
 TILE = 2048  # elements of a program's block, where a row is not longer
@@ -39,14 +39,6 @@ def symexp(x):
 
 
 @triton.jit
-def rows_and_bins(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A program's rows (BLOCK_N, 1), bins (1, BLOCK_K), and which of both there are."""
-    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    return n, k, (n < N) & (k < K)
-
-
-@triton.jit
 def place(target_ptr, bins_ptr, bins, n, m, N, K, M: tl.constexpr, SYMLOG: tl.constexpr):
     """The bins below and above target m of each row, the weight of the one below; NaN for NaN."""
     y = tl.load(target_ptr + n * M + m, n < N, other=0).to(tl.float32)
@@ -67,7 +59,7 @@ def twohot_loss_fwd_kernel(
     logits_ptr, target_ptr, bins_ptr, loss_ptr, stats_ptr, N, K, M: tl.constexpr,
     SYMLOG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_bins(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     bins = tl.load(bins_ptr + k, k < K, other=float("nan"))  # below no target
     x = tl.load(logits_ptr + n * K + k, inside, other=float("-inf"))
     top = tl.max(x, 1, keep_dims=True)
@@ -90,7 +82,7 @@ def twohot_loss_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, bins_ptr, stats_ptr, dlogits_ptr, N, K, M: tl.constexpr,
     SYMLOG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_bins(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     bins = tl.load(bins_ptr + k, k < K, other=float("nan"))  # below no target
     x = tl.load(logits_ptr + n * K + k, inside, other=0)
     dloss = tl.load(dloss_ptr + n, n < N, other=0)
@@ -111,7 +103,7 @@ def twohot_mean_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     middle = K // 2
-    n, j, inside = rows_and_bins(N, middle, BLOCK_N, BLOCK_K // 2)
+    n, j, inside = rows_and_columns(N, middle, BLOCK_N, BLOCK_K // 2)
     row = logits_ptr + n * K + middle
     high = tl.load(row + 1 + j, inside, other=float("-inf"))
     low = tl.load(row - 1 - j, inside, other=float("-inf"))
@@ -124,26 +116,6 @@ def twohot_mean_fwd_kernel(
     if SYMLOG:
         mean = symexp(mean)
     tl.store(mean_ptr + n, mean, n < N)
-
-
-# dx = dmean softmax (b - sum(softmax b)), times symexp'(m) = 1 + |symexp(m)|, which is 0 at 0 as
-# autograd has it for the sign in it
-@triton.jit
-def twohot_mean_bwd_kernel(
-    dmean_ptr, logits_ptr, mean_ptr, bins_ptr, dlogits_ptr, N, K, SYMLOG: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    n, k, inside = rows_and_bins(N, K, BLOCK_N, BLOCK_K)
-    bins = tl.load(bins_ptr + k, k < K, other=0)
-    x = tl.load(logits_ptr + n * K + k, inside, other=float("-inf"))
-    d = tl.load(dmean_ptr + n, n < N, other=0)
-    if SYMLOG:
-        mean = tl.load(mean_ptr + n, n < N, other=0)
-        d *= tl.where(mean == 0, 0, 1 + tl.abs(mean))
-    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
-    softmax = e / tl.sum(e, 1, keep_dims=True)
-    along = tl.sum(softmax * bins, 1, keep_dims=True)
-    tl.store(dlogits_ptr + n * K + k, d * softmax * (bins - along), inside)
 
 
 def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> tuple[Tensor, Tensor]:
@@ -169,13 +141,6 @@ def twohot_mean(logits: Tensor, layout: str = "symlog") -> Tensor:
     inputs = (logits, _bins(logits, layout))
     _launch(twohot_mean_fwd_kernel, logits.shape, inputs, (mean,), layout)
     return mean
-
-
-def twohot_mean_backward(dmean: Tensor, logits: Tensor, mean: Tensor, layout: str) -> Tensor:
-    dlogits = plain._mean_backward_fake(dmean, logits, mean, layout)
-    inputs = (dmean, logits, mean, _bins(logits, layout))
-    _launch(twohot_mean_bwd_kernel, logits.shape, inputs, (dlogits,), layout)
-    return dlogits
 
 
 def _bins(logits: Tensor, layout: str) -> Tensor:
@@ -216,11 +181,10 @@ def presets() -> None:
             target = torch.empty((1024, M), device="meta")
             _, stats = twohot_loss(logits, target, layout)
             twohot_loss_backward(row, logits, target, stats, layout)
-        mean = twohot_mean(logits, layout)
-        twohot_mean_backward(row, logits, mean, layout)
+        twohot_mean(logits, layout)
 
 
 serve("twohot_loss", twohot_loss, plain._loss_cpu)
 serve("twohot_loss_backward", twohot_loss_backward, plain._loss_backward_cpu)
 serve("twohot_mean", twohot_mean, plain._mean_cpu)
-serve("twohot_mean_backward", twohot_mean_backward, plain._mean_backward_cpu)
+serve("twohot_mean_backward", plain._mean_backward_cpu)  # PyTorch's: no loss needs it

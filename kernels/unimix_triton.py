@@ -9,18 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import unimix as plain
-from .launch import launch
+from .launch import launch, rows_and_columns
 from .register import serve
 
 TILE = 2048  # elements of a program's block, where a row is not longer
-
-
-@triton.jit
-def rows_and_classes(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A program's rows (BLOCK_N, 1), its classes (1, BLOCK_K), and which of both there are."""
-    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    return n, k, (n < N) & (k < K)
 
 
 # logp = ln(floor + keep softmax(x)), floor = mix / K, keep = 1 - mix
@@ -29,7 +21,7 @@ def unimix_fwd_kernel(
     x_ptr, logp_ptr, N, K, floor, keep, MIXED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     x = tl.load(x_ptr + n * K + k, inside, other=float("-inf"))
     x -= tl.max(x, 1, keep_dims=True)
     e = tl.exp(x)
@@ -45,7 +37,7 @@ def unimix_bwd_kernel(
     dlogp_ptr, logp_ptr, dx_ptr, N, K, floor, unit, MIXED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     d = tl.load(dlogp_ptr + n * K + k, inside, other=0)
     p = tl.exp(tl.load(logp_ptr + n * K + k, inside, other=0))
     share = p - floor
@@ -57,7 +49,7 @@ def unimix_bwd_kernel(
 
 @triton.jit
 def entropy_fwd_kernel(logp_ptr, nats_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     logp = tl.load(logp_ptr + n * K + k, inside, other=0)
     tl.store(nats_ptr + n, -tl.sum(tl.exp(logp) * logp, 1, keep_dims=True), n < N)
 
@@ -66,7 +58,7 @@ def entropy_fwd_kernel(logp_ptr, nats_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K:
 def entropy_bwd_kernel(
     dnats_ptr, logp_ptr, dlogp_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     logp = tl.load(logp_ptr + n * K + k, inside, other=0)
     dnats = tl.load(dnats_ptr + n, n < N, other=0)
     tl.store(dlogp_ptr + n * K + k, -dnats * tl.exp(logp) * (logp + 1), inside)
@@ -78,7 +70,7 @@ def kl_fwd_kernel(
     logp_ptr, logq_ptr, nats_ptr, again_ptr, N, K, TWICE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     logp = tl.load(logp_ptr + n * K + k, inside, other=0)
     logq = tl.load(logq_ptr + n * K + k, inside, other=0)
     nats = tl.sum(tl.exp(logp) * (logp - logq), 1, keep_dims=True)
@@ -93,7 +85,7 @@ def kl_bwd_kernel(
     dp_ptr, dq_ptr, logp_ptr, logq_ptr, dlogp_ptr, dlogq_ptr, N, K, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     logp = tl.load(logp_ptr + n * K + k, inside, other=0)
     logq = tl.load(logq_ptr + n * K + k, inside, other=0)
     dp, dq = tl.load(dp_ptr + n, n < N, other=0), tl.load(dq_ptr + n, n < N, other=0)
@@ -107,7 +99,7 @@ def kl_bwd_kernel(
 def sample_fwd_kernel(
     logp_ptr, noise_ptr, onehot_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     v = tl.load(logp_ptr + n * K + k, inside, other=float("-inf"))
     v += tl.load(noise_ptr + n * K + k, inside, other=0)
     largest = tl.where(v == tl.max(v, 1, keep_dims=True), BLOCK_K, 2 * BLOCK_K)
@@ -121,7 +113,7 @@ def sample_fwd_kernel(
 def sample_bwd_kernel(
     donehot_ptr, logp_ptr, dlogp_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    n, k, inside = rows_and_classes(N, K, BLOCK_N, BLOCK_K)
+    n, k, inside = rows_and_columns(N, K, BLOCK_N, BLOCK_K)
     donehot = tl.load(donehot_ptr + n * K + k, inside)
     logp = tl.load(logp_ptr + n * K + k, inside)
     tl.store(dlogp_ptr + n * K + k, donehot * tl.exp(logp), inside)

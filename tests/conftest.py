@@ -130,6 +130,8 @@ def required() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     required()
+    with torch.device("cpu"):  # PyTorch notes the factories that take a default device: unpoisoned
+        torch.empty(0)
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_gradcheck(operator):
 
 
 def test_repeats_bit_for_bit(operator):
-    inputs = lambda_return_inputs((41, 401), torch.float32, requires_grad=True)
+    inputs = lambda_return_inputs((41, 63), torch.float32, requires_grad=True)
     for x, y in zip(gradients(operator, inputs), gradients(operator, inputs), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(operator(*inputs), operator(*inputs))

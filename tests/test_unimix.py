@@ -88,6 +88,16 @@ def test_a_thousand_classes(compiled, isa, name):
         assert (x - y).abs().max() <= 1e-6 * y.abs().max()
 
 
+def test_more_than_two_to_the_31_elements(compiled, device):
+    if device == "cpu":
+        pytest.skip("8.6 GB: --device cuda")
+    logp = torch.zeros(2**25 + 3, 64)
+    logp[-3:] = -1
+    nats = compiled.entropy(logp)
+    assert nats[:-3].eq(0).all()
+    torch.testing.assert_close(nats[-3:], 64 / torch.ones(3).exp(), **TOLERANCE[torch.float32])
+
+
 @operators
 @pytest.mark.parametrize("shape", [(41, 18), (0, 4), (4,)], ids=str)
 def test_float64_equals_the_reference(compiled, name, shape):
