@@ -25,7 +25,7 @@ from torch import Tensor
 from . import norm_act_triton
 from .gru_step import WIDEST_GRU, _fake, _fake_backward
 from .launch import launch
-from .norm_act_triton import partial_sums, sum_partials
+from .norm_act_triton import partial_sums, sum_partials, tile
 from .register import serve
 
 
@@ -89,11 +89,11 @@ def gru_fwd_kernel(
     D,
     eps,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     # next = next_state(LayerNorm over all 3 D gates, h)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_D)
+    col = tl.arange(0, BLOCK_N)
     inside = (row[:, None] < rows) & (col[None, :] < D)
     a, b, c = load_gates(gates_ptr, row[:, None] * 3 * D + col[None, :], D, inside)
     mean = (tl.sum(a, 1) + tl.sum(b, 1) + tl.sum(c, 1)) / (3 * D)
@@ -122,11 +122,11 @@ def gru_bwd_kernel(
     D,
     eps,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     # d = dn scale; dgates = (d - xhat mean(d xhat) - mean(d)) rstd
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_D)
+    col = tl.arange(0, BLOCK_N)
     inside = (row[:, None] < rows) & (col[None, :] < D)
     at3 = row[:, None] * 3 * D + col[None, :]
     a, b, c = load_gates(gates_ptr, at3, D, inside)
@@ -164,12 +164,12 @@ def gru_norm_bwd_kernel(
     rows,
     D,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     # dscale = sum of dn xhat and dshift = sum of dn over rows; dn is computed again, which takes
     # less than keeping six sums of every column beside a whole row would
     program, programs = tl.program_id(1), tl.num_programs(1)
-    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = col[None, :] < D
     sa, sb, sc = load_gates(scale_ptr, col[None, :], D, within)
     ta, tb, tc = load_gates(shift_ptr, col[None, :], D, within)
@@ -208,11 +208,11 @@ def block_gates_fwd_kernel(
     D,
     W,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     # gates += bias, in memory too; next = next_state(gates, h)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    col = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside, gate = (row < rows) & (col < D), col // W * 3 * W + col % W
     a, b, c = load_gates(gates_ptr, row * 3 * D + gate, W, inside)
     ba, bb, bc = load_gates(bias_ptr, gate, W, col < D)
@@ -233,10 +233,10 @@ def block_gates_bwd_kernel(
     D,
     W,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     row = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    col = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside, gate = (row < rows) & (col < D), col // W * 3 * W + col % W
     a, b, c = load_gates(gates_ptr, row * 3 * D + gate, W, inside)
     h = tl.load(h_ptr + row * D + col, inside, 0.0).to(tl.float32)
@@ -244,14 +244,6 @@ def block_gates_bwd_kernel(
     da, db, dc, dh = gate_gradients(a, b, c, h, dnext)
     store_gates(dgates_ptr, row * 3 * D + gate, W, inside, da, db, dc)
     tl.store(dh_ptr + row * D + col, dh, inside)
-
-
-def tile(deter: int) -> dict[str, int]:
-    """Rows of a program, columns of one gate, and warps; some four columns for each thread."""
-    block_d = triton.next_power_of_2(deter)
-    block_m = max(1, 512 // block_d)
-    warps = min(max(block_m * block_d // 128, 4), 16)
-    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def gates_forward(
@@ -281,9 +273,9 @@ def gates_backward(
     inputs = (dnext, gates, scale, shift, h)
     every = (triton.cdiv(rows, blocks["BLOCK_M"]),)
     launch(gru_bwd_kernel, every, *inputs, dgates, dh, mean, rstd, rows, deter, eps, **blocks)
-    part = {"BLOCK_M": 8, "BLOCK_D": 64}
+    part = {"BLOCK_M": 8, "BLOCK_N": 64}
     partials = partial_sums(scale, shift, triton.cdiv(rows, part["BLOCK_M"]))
-    grid = (triton.cdiv(deter, part["BLOCK_D"]), partials.shape[1])
+    grid = (triton.cdiv(deter, part["BLOCK_N"]), partials.shape[1])
     launch(gru_norm_bwd_kernel, grid, *inputs, mean, rstd, partials, rows, deter, **part)
     sum_partials(partials, dnorm[: 3 * deter], dnorm[3 * deter :])
 
@@ -326,7 +318,7 @@ def _by_block(x: Tensor, blocks: int) -> Tensor:
 def _tiles(rows: int, deter: int) -> tuple[tuple[int, int], dict[str, int]]:
     """A grid over rows and columns, and the block of each program."""
     block = tile(min(deter, 512))
-    return (triton.cdiv(rows, block["BLOCK_M"]), triton.cdiv(deter, block["BLOCK_D"])), block
+    return (triton.cdiv(rows, block["BLOCK_M"]), triton.cdiv(deter, block["BLOCK_N"])), block
 
 
 def block_gates_forward(gates: Tensor, bias: Tensor, h: Tensor, blocks: int, next_: Tensor) -> None:

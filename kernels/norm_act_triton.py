@@ -47,10 +47,12 @@ def norm_act_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # x += bias, in memory too; n = norm(x) scale + shift; y = n sigmoid(n)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_N)
+    start = tl.program_id(0) * BLOCK_M
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    x_ptr += start.to(tl.int64) * N
+    y_ptr += start.to(tl.int64) * N
     at = row[:, None] * N + col[None, :]
-    inside = (row[:, None] < rows) & (col[None, :] < N)
+    inside = (start + row[:, None] < rows) & (col[None, :] < N)
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + col, col < N, 0.0)[None, :]
@@ -83,16 +85,19 @@ def norm_act_bwd_kernel(
     # dn = dy silu'(n); d = dn scale; dx = (d - xhat mean(d xhat) - mean(d)) rstd
     # RMSNorm has no mean(d); dscale = sum of dn xhat, dshift = sum of dn over rows
     program, programs = tl.program_id(0), tl.num_programs(0)
-    col = tl.arange(0, BLOCK_N)
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    at = row[:, None] * N + col[None, :]
+    first, step = program.to(tl.int64) * BLOCK_M * N, programs.to(tl.int64) * BLOCK_M * N
+    dy_ptr += first
+    x_ptr += first
+    dx_ptr += first
     scale = tl.load(scale_ptr + col, col < N, 0.0)[None, :]
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + col, col < N, 0.0)[None, :]
     dscale = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dshift = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(program * BLOCK_M, rows, programs * BLOCK_M):
-        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-        at = row[:, None] * N + col[None, :]
-        inside = (row[:, None] < rows) & (col[None, :] < N)
+        inside = (start + row[:, None] < rows) & (col[None, :] < N)
         x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
         dn = tl.load(dy_ptr + at, inside, 0.0).to(tl.float32)
         xhat, rstd = norm_rows(x, inside, N, eps, LAYER)
@@ -110,10 +115,13 @@ def norm_act_bwd_kernel(
         if LAYER:
             dx -= (tl.sum(d, 1) / N)[:, None]
         tl.store(dx_ptr + at, dx * rstd[:, None], inside)
-    at = program * N + col
-    tl.store(partial_ptr + at, tl.sum(dscale, 0), col < N)
+        dy_ptr += step
+        x_ptr += step
+        dx_ptr += step
+    partial_ptr += program * N
+    tl.store(partial_ptr + col, tl.sum(dscale, 0), col < N)
     if shift_ptr is not None:
-        tl.store(partial_ptr + programs * N + at, tl.sum(dshift, 0), col < N)
+        tl.store(partial_ptr + programs * N + col, tl.sum(dshift, 0), col < N)
 
 
 @triton.jit
@@ -142,10 +150,10 @@ def sum_partials_kernel(
 
 
 def tile(n: int) -> dict[str, int]:
-    """Rows of a program, columns, and warps; some eight elements for each thread."""
+    """Rows of a program, columns, and warps, with four elements for each thread up to N = 2048."""
     block_n = triton.next_power_of_2(n)
-    block_m = max(1, 1024 // block_n)
-    warps = min(max(block_m * block_n // 256, 4), 16)
+    block_m = max(1, 512 // block_n)
+    warps = min(max(block_m * block_n // 128, 4), 16)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
 
 
