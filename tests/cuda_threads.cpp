@@ -75,6 +75,6 @@ void run_cell(int32_t cell) {
 }  // namespace
 
 int main(int, char** arguments) {
-  fd_emulate(atoi(arguments[1]), atoi(arguments[2]), 1 << 18, 0);
+  fd_emulate(atoi(arguments[1]), atoi(arguments[2]), 1 << 18, 0, 1 << 28);
   for (int32_t cell : {FD_CELL_GRU, FD_CELL_BLOCK_GRU}) run_cell(cell);
 }

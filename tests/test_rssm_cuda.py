@@ -26,6 +26,7 @@ from test_rssm import (
 )
 from torch import Tensor
 
+from fastdreamer.config import SIZES
 from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import _compute as _imagine
 from fastdreamer.kernels.rssm_imagine import _takes as imagine_takes
@@ -75,8 +76,12 @@ def emulate(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.setattr(library, "CUDA_LIBRARY", emulated)
     monkeypatch.setattr(library, "serves", lambda x: "cuda")
 
-    def choose(blocks: int, warps: int, clusters: int, shared: int = 1 << 18) -> None:
-        ctypes.CDLL(str(emulated)).fd_emulate(blocks, warps, shared, clusters)
+    def choose(
+        blocks: int, warps: int, clusters: int, shared: int = 1 << 18, cache: int = 1 << 28
+    ) -> None:
+        ctypes.CDLL(str(emulated)).fd_emulate(blocks, warps, shared, clusters, cache)
+        observe_takes.cache_clear()
+        imagine_takes.cache_clear()
 
     yield choose
     for cached in caches:
@@ -177,8 +182,6 @@ def test_sizes_decide_who_serves(emulate, cell, monkeypatch):
     expected = (rssm_observe(weights, *scan), rssm_imagine(*rollout))
     for shared, served in ((1 << 18, ["fd_rssm_observe", "fd_rssm_imagine"]), (1 << 10, [])):
         emulate(2, 1, 0, shared)
-        observe_takes.cache_clear()
-        imagine_takes.cache_clear()
         actual = (rssm_observe_cuda(weights, *scan), rssm_imagine_cuda(*rollout))
         assert calls == served
         calls.clear()
@@ -296,3 +299,39 @@ class TestCInterface:
     def test_compute(self):
         self.launch.compute = 1
         assert self.call(self.model, self.scan, self.launch) == 3
+
+
+# Blocks, shared memory and cache of an H100 and an A100.
+CHIPS = {"h100": (132, 1, 1, 232448, 50 << 20), "a100": (108, 1, 0, 166912, 40 << 20)}
+# Largest sizes that are taken, by chip and type, in each recipe.
+LARGEST = {
+    ("h100", torch.bfloat16): ("12m", "m"),
+    ("h100", torch.float32): ("12m", "s"),
+    ("a100", torch.bfloat16): ("12m", "m"),
+    ("a100", torch.float32): ("1m", "s"),
+}
+
+
+@pytest.mark.parametrize(("chip", "compute"), LARGEST, ids=str)
+@pytest.mark.parametrize("recipe", ["2025", "2023"])
+def test_which_sizes_are_taken(emulate, chip, compute, recipe):
+    """Observe and imagine both, by the memory of a block and the cache."""
+    emulate(*CHIPS[chip])
+    device = torch.device("cpu")
+    taken = []
+    for name, size in SIZES[recipe].items():
+        blocks = size.blocks if recipe == "2025" else 1
+        latent = (size.stoch, size.classes)
+        logits = size.stoch * size.classes
+        sizes = (recipe == "2025", size.deter, *latent, 18, size.hidden, blocks)
+        prior = ((size.hidden,) * (2 if recipe == "2025" else 1), (logits,))
+        layers = (size.units,) * size.layers
+        if observe_takes(
+            (*sizes, (size.hidden, logits)), 16, 64, compute, device
+        ) and imagine_takes(
+            (*sizes, sum(prior, ())), layers, ((18, 1),), 1024, 15, compute, device
+        ):
+            taken.append(name)
+    largest = LARGEST[chip, compute][recipe == "2023"]
+    names = list(SIZES[recipe])
+    assert taken == names[: names.index(largest) + 1]

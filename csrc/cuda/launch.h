@@ -178,12 +178,15 @@ T* take(Workspace& workspace, const fd_launch& launch, int64_t count) {
   return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(launch.workspace) + at);
 }
 
-// Chooses the team, behind place_weights, and takes memory for its counters.
+// Chooses the team, behind place_weights, and takes memory for its counters. Weights beyond half of
+// the cache, of which the multiprocessors share two halves, would come from memory in every step:
+// products by a library, over all rows at once, are the better choice then.
 template <typename Args, typename TryLayout>
 void finish(
     Plan<Args>& plan, const fd_launch& launch, const Device& device, int teams,
     const TryLayout& try_layout) {
-  if (!choose_team(device, teams, plan.args.model.units.units(), try_layout, &plan.team))
+  if (plan.workspace.bytes() > device.cache / 2 ||
+      !choose_team(device, teams, plan.args.model.units.units(), try_layout, &plan.team))
     plan.error = FD_ERROR_UNSUPPORTED;
   plan.team.arrived = plan.packing.arrived = take<unsigned>(plan.workspace, launch, teams);
   plan.packing.teams = teams;

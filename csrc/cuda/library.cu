@@ -12,6 +12,7 @@ int32_t current_device(Device* device) {
   if (int32_t error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount)) return error;
   if (int32_t error = get(&device->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return error;
   if (int32_t error = get(&major, cudaDevAttrComputeCapabilityMajor)) return error;
+  if (int32_t error = get(&device->cache, cudaDevAttrL2CacheSize)) return error;
   device->clusters = major >= 9;
   return major >= 8 ? FD_OK : FD_ERROR_UNSUPPORTED;
 }

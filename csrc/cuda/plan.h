@@ -12,6 +12,7 @@ struct Device {
   int multiprocessors;
   int shared;     // bytes that one block may use
   bool clusters;  // of thread blocks
+  int cache;      // bytes of its L2 cache
 };
 
 // What the packing kernel writes into the workspace.
