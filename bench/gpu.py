@@ -240,7 +240,7 @@ def ahead_of_time() -> None:
     Raises:
         UserError: one fails to compile, or spills registers.
     """
-    for command in (["fastdreamer.kernels.aot"], ["fastdreamer.kernels.ptxas"]):
+    for command in (["fastdreamer.kernels.aot"], ["bench.nvcc"]):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False)
         if done.returncode:
             raise UserError(f"python -m {command[0]} failed")
