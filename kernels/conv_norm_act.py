@@ -74,10 +74,24 @@ def conv_norm_act_cpp(
     eps: float,
 ) -> Tensor:
     """`conv_norm_act` by the C++ library, or by PyTorch's convolutions where those are faster."""
-    _check_shapes(x, weight, bias, scale, shift, kind)
     if _library_is_faster(x, weight, bias, scale, shift):
         operator = torch.ops.fastdreamer.conv_norm_act
         return operator(x, weight, bias, scale, shift, kind, norm, eps)[0]
+    return conv_then_norm_act(x, weight, bias, scale, shift, kind, norm, eps)
+
+
+def conv_then_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kind: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    """`conv_norm_act` by PyTorch's convolution and the operator `norm_act` of x's device."""
+    _check_shapes(x, weight, bias, scale, shift, kind)
     if kind == "upsample":
         y = _upsampled_by_parity(x, weight, bias)
     else:
@@ -85,16 +99,14 @@ def conv_norm_act_cpp(
     return y if scale is None else torch.ops.fastdreamer.norm_act(y, scale, shift, norm, eps)
 
 
-def _library_is_faster(x: Tensor, *weights: Tensor | None) -> bool:
-    """For float32 batches that fill its blocks, and few channels.
+def _library_is_faster(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
+    """Float32 batches that fill its blocks, and few channels.
 
     Measured forward and backward with one thread on 1024 images, in AVX-512 and AVX2: the library
     takes 0.1 to 1.04 of PyTorch's time up to MOST_CHANNELS, 0.9 to 2.2 from 24 x 48 on.
     """
-    dtypes = {p.dtype for p in weights if p is not None}
-    weight = weights[0]
-    assert weight is not None
-    few = weight.shape[0] * weight.shape[1] <= MOST_CHANNELS
+    dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
+    few = weight.shape[:2].numel() <= MOST_CHANNELS
     float32 = dtypes == {torch.float32} and x.dtype in (torch.uint8, torch.float32)
     return few and float32 and len(x) >= BLOCK
 
@@ -128,7 +140,7 @@ def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     A row or column of the doubled image is one of the small image twice, so that a 5x5 window
     meets 3x3 pixels, and weights on the same pixel are summed before: 36 products for 100.
     """
-    taps = _FORWARD["upsample"].to(weight.dtype)
+    taps = _FORWARD["upsample"].to(weight)
     by_parity = torch.einsum("ptk,qsl,ockl->pqocts", taps, taps, weight).flatten(0, 2)
     bias = None if bias is None else bias.repeat(4)
     y = F.conv2d(_channels_first(x, weight.dtype), by_parity, bias, padding=1)
