@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
+from .conv_taps import FORWARD, GRADIENT, backward_weight, forward_weight, weight_gradient
 from .library import Arguments
 from .norm_act import norm_act
 from .register import register
@@ -140,7 +141,7 @@ def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     A row or column of the doubled image is one of the small image twice, so that a 5x5 window
     meets 3x3 pixels, and weights on the same pixel are summed before: 36 products for 100.
     """
-    taps = _FORWARD["upsample"].to(weight)
+    taps = FORWARD["upsample"].to(weight)
     by_parity = torch.einsum("ptk,qsl,ockl->pqocts", taps, taps, weight).flatten(0, 2)
     bias = None if bias is None else bias.repeat(4)
     y = F.conv2d(_channels_first(x, weight.dtype), by_parity, bias, padding=1)
@@ -185,52 +186,6 @@ def _check_shapes(
         )
     if shift is not None and scale is None:
         raise ValueError("conv_norm_act: a shift without a scale")
-
-
-# Taps along one axis as the library takes them, (parities, taps, own taps): each is a sum of the
-# weight's own. Of the convolution, by parity of the output where it doubles, and of the convolution
-# that gives the input's gradient.
-_PARITIES = [[[0, 0, 0, 1], [0, 1, 0, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]]]
-_FORWARD = {
-    "pool": torch.eye(5)[None],
-    "stride": torch.eye(4)[None],
-    "upsample": torch.tensor(
-        [
-            [[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
-            [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
-        ]
-    ),
-    "transpose": torch.tensor(_PARITIES).float(),
-}
-_BACKWARD = {
-    "pool": torch.eye(5).flip(0)[None],
-    "stride": _FORWARD["transpose"],
-    "upsample": _FORWARD["upsample"].flip(1).transpose(0, 1).reshape(1, 6, 5),
-    "transpose": torch.eye(4)[None],
-}
-_GRADIENT = {**_FORWARD, "upsample": _BACKWARD["upsample"], "transpose": _BACKWARD["transpose"]}
-
-
-def _by_taps(weight: Tensor, taps: Tensor) -> Tensor:
-    """(A, B, k, l) -> (parities, parities, taps, taps, A, B)."""
-    return torch.einsum("ptk,qsl,abkl->pqtsab", taps, taps, weight).contiguous()
-
-
-def _forward_weight(weight: Tensor, kind: str) -> Tensor:
-    """(parities, parities, taps, taps, C, O)."""
-    return _by_taps(weight if kind == "transpose" else weight.transpose(0, 1), _FORWARD[kind])
-
-
-def _backward_weight(weight: Tensor, kind: str) -> Tensor:
-    """(parities, parities, taps, taps, O, C)."""
-    return _by_taps(weight.transpose(0, 1) if kind == "transpose" else weight, _BACKWARD[kind])
-
-
-def _weight_gradient(dweight: Tensor, kind: str) -> Tensor:
-    """(taps, taps, C, O), or (taps, taps, O, C) where it doubles -> as the weight."""
-    taps = _GRADIENT[kind][0]
-    dweight = torch.einsum("tk,sl,tsab->abkl", taps, taps, dweight)
-    return dweight if kind == "upsample" else dweight.transpose(0, 1).contiguous()
 
 
 _POINTER = ctypes.c_void_p
@@ -345,7 +300,7 @@ def _cpu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, z, index = outputs = _fake(x, weight, bias, scale, shift, kind, norm, eps)
-    x, taps = x.contiguous(), _forward_weight(weight, kind)
+    x, taps = x.contiguous(), forward_weight(weight, kind)
     bias, scale, shift = (None if p is None else p.contiguous() for p in (bias, scale, shift))
     tensors = {"weight": taps, "bias": bias, "y": y, "z": z, "index": index}
     conv = _c_conv(x, y.shape[3], scale, shift, (kind, norm, eps), **tensors)
@@ -399,11 +354,11 @@ def _cpu_backward(
     dy, x, z, index = (p.contiguous() for p in (dy, x, z, index))
     scale, shift = (None if p is None else p.contiguous() for p in (scale, shift))
     conv = _c_conv(x, dy.shape[3], scale, shift, (kind, norm, eps), z=z, index=index)
-    taps, order = _GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
+    taps, order = GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
     channels = x.shape[3], dvectors[0].shape[0]
     dtaps = dy.new_empty(taps, taps, *(channels[i] for i in order))
     names = ("dbias", "dscale", "dshift")
-    back = _backward_weight(weight, kind) if wants_dx else None
+    back = backward_weight(weight, kind) if wants_dx else None
     grad = CConvGrad.of(
         dy=dy,
         weight=back,
@@ -413,7 +368,7 @@ def _cpu_backward(
     )
     function = library.function("fd_conv_norm_act_backward", BWD_SIGNATURE)
     function(ctypes.byref(conv), ctypes.byref(grad))
-    return dx, _weight_gradient(dtaps, kind), *dvectors
+    return dx, weight_gradient(dtaps, kind), *dvectors
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
