@@ -294,7 +294,7 @@ def measure(
     actual = run(operator, copies[0])
     timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
     torch.testing.assert_close(actual, run(getattr(REFERENCE, name), copies[1]), **tolerance)
-    torch.testing.assert_close(*copies, **tolerance)  # of an operator that changes them
+    torch.testing.assert_close(*map(tensors_of, copies), **tolerance)  # it may change them
 
     benchmark.pedantic(run, (operator, inputs), rounds=rounds, warmup_rounds=5)
     timing.medians.append(benchmark.stats.stats.median)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
+from .conv_taps import FORWARD, GRADIENT, backward_weight, forward_weight, weight_gradient
 from .library import Arguments
 from .norm_act import norm_act
 from .register import register
@@ -74,18 +75,13 @@ def conv_norm_act_cpp(
     eps: float,
 ) -> Tensor:
     """`conv_norm_act` by the C++ library, or by PyTorch's convolutions where those are faster."""
-    _check_shapes(x, weight, bias, scale, shift, kind)
     if _library_is_faster(x, weight, bias, scale, shift):
         operator = torch.ops.fastdreamer.conv_norm_act
         return operator(x, weight, bias, scale, shift, kind, norm, eps)[0]
-    if kind == "upsample":
-        y = _upsampled_by_parity(x, weight, bias)
-    else:
-        y = _convolution(x, weight, bias, kind)
-    return y if scale is None else torch.ops.fastdreamer.norm_act(y, scale, shift, norm, eps)
+    return conv_then_norm_act(x, weight, bias, scale, shift, kind, norm, eps)
 
 
-def conv_norm_act_triton(
+def conv_then_norm_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -95,22 +91,23 @@ def conv_norm_act_triton(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """`conv_norm_act` by PyTorch's convolution and Triton's norm."""
+    """`conv_norm_act` by PyTorch's convolution and the operator `norm_act` of x's device."""
     _check_shapes(x, weight, bias, scale, shift, kind)
-    y = _convolution(x, weight, bias, kind)
+    if kind == "upsample" and x.device.type == "cpu":  # on a GPU not yet measured
+        y = _upsampled_by_parity(x, weight, bias)
+    else:
+        y = _convolution(x, weight, bias, kind)
     return y if scale is None else torch.ops.fastdreamer.norm_act(y, scale, shift, norm, eps)
 
 
-def _library_is_faster(x: Tensor, *weights: Tensor | None) -> bool:
-    """For float32 batches that fill its blocks, and few channels.
+def _library_is_faster(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
+    """Float32 batches that fill its blocks, and few channels.
 
     Measured forward and backward with one thread on 1024 images, in AVX-512 and AVX2: the library
     takes 0.1 to 1.04 of PyTorch's time up to MOST_CHANNELS, 0.9 to 2.2 from 24 x 48 on.
     """
-    dtypes = {p.dtype for p in weights if p is not None}
-    weight = weights[0]
-    assert weight is not None
-    few = weight.shape[0] * weight.shape[1] <= MOST_CHANNELS
+    dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
+    few = weight.shape[:2].numel() <= MOST_CHANNELS
     float32 = dtypes == {torch.float32} and x.dtype in (torch.uint8, torch.float32)
     return few and float32 and len(x) >= BLOCK
 
@@ -144,7 +141,7 @@ def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     A row or column of the doubled image is one of the small image twice, so that a 5x5 window
     meets 3x3 pixels, and weights on the same pixel are summed before: 36 products for 100.
     """
-    taps = _FORWARD["upsample"].to(weight.dtype)
+    taps = FORWARD["upsample"].to(weight)
     by_parity = torch.einsum("ptk,qsl,ockl->pqocts", taps, taps, weight).flatten(0, 2)
     bias = None if bias is None else bias.repeat(4)
     y = F.conv2d(_channels_first(x, weight.dtype), by_parity, bias, padding=1)
@@ -189,52 +186,6 @@ def _check_shapes(
         )
     if shift is not None and scale is None:
         raise ValueError("conv_norm_act: a shift without a scale")
-
-
-# Taps along one axis as the library takes them, (parities, taps, own taps): each is a sum of the
-# weight's own. Of the convolution, by parity of the output where it doubles, and of the convolution
-# that gives the input's gradient.
-_PARITIES = [[[0, 0, 0, 1], [0, 1, 0, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]]]
-_FORWARD = {
-    "pool": torch.eye(5)[None],
-    "stride": torch.eye(4)[None],
-    "upsample": torch.tensor(
-        [
-            [[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
-            [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
-        ]
-    ),
-    "transpose": torch.tensor(_PARITIES).float(),
-}
-_BACKWARD = {
-    "pool": torch.eye(5).flip(0)[None],
-    "stride": _FORWARD["transpose"],
-    "upsample": _FORWARD["upsample"].flip(1).transpose(0, 1).reshape(1, 6, 5),
-    "transpose": torch.eye(4)[None],
-}
-_GRADIENT = {**_FORWARD, "upsample": _BACKWARD["upsample"], "transpose": _BACKWARD["transpose"]}
-
-
-def _by_taps(weight: Tensor, taps: Tensor) -> Tensor:
-    """(A, B, k, l) -> (parities, parities, taps, taps, A, B)."""
-    return torch.einsum("ptk,qsl,abkl->pqtsab", taps, taps, weight).contiguous()
-
-
-def _forward_weight(weight: Tensor, kind: str) -> Tensor:
-    """(parities, parities, taps, taps, C, O)."""
-    return _by_taps(weight if kind == "transpose" else weight.transpose(0, 1), _FORWARD[kind])
-
-
-def _backward_weight(weight: Tensor, kind: str) -> Tensor:
-    """(parities, parities, taps, taps, O, C)."""
-    return _by_taps(weight.transpose(0, 1) if kind == "transpose" else weight, _BACKWARD[kind])
-
-
-def _weight_gradient(dweight: Tensor, kind: str) -> Tensor:
-    """(taps, taps, C, O), or (taps, taps, O, C) where it doubles -> as the weight."""
-    taps = _GRADIENT[kind][0]
-    dweight = torch.einsum("tk,sl,tsab->abkl", taps, taps, dweight)
-    return dweight if kind == "upsample" else dweight.transpose(0, 1).contiguous()
 
 
 _POINTER = ctypes.c_void_p
@@ -349,7 +300,7 @@ def _cpu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, z, index = outputs = _fake(x, weight, bias, scale, shift, kind, norm, eps)
-    x, taps = x.contiguous(), _forward_weight(weight, kind)
+    x, taps = x.contiguous(), forward_weight(weight, kind)
     bias, scale, shift = (None if p is None else p.contiguous() for p in (bias, scale, shift))
     tensors = {"weight": taps, "bias": bias, "y": y, "z": z, "index": index}
     conv = _c_conv(x, y.shape[3], scale, shift, (kind, norm, eps), **tensors)
@@ -403,11 +354,11 @@ def _cpu_backward(
     dy, x, z, index = (p.contiguous() for p in (dy, x, z, index))
     scale, shift = (None if p is None else p.contiguous() for p in (scale, shift))
     conv = _c_conv(x, dy.shape[3], scale, shift, (kind, norm, eps), z=z, index=index)
-    taps, order = _GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
+    taps, order = GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
     channels = x.shape[3], dvectors[0].shape[0]
     dtaps = dy.new_empty(taps, taps, *(channels[i] for i in order))
     names = ("dbias", "dscale", "dshift")
-    back = _backward_weight(weight, kind) if wants_dx else None
+    back = backward_weight(weight, kind) if wants_dx else None
     grad = CConvGrad.of(
         dy=dy,
         weight=back,
@@ -417,7 +368,7 @@ def _cpu_backward(
     )
     function = library.function("fd_conv_norm_act_backward", BWD_SIGNATURE)
     function(ctypes.byref(conv), ctypes.byref(grad))
-    return dx, _weight_gradient(dtaps, kind), *dvectors
+    return dx, weight_gradient(dtaps, kind), *dvectors
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
-from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_norm_act_triton
+from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_then_norm_act
 from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
@@ -104,7 +104,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "conv_norm_act": {
         "reference": conv_norm_act,
         "cpp": conv_norm_act_cpp,
-        "triton": conv_norm_act_triton,
+        "triton": conv_then_norm_act,
     },
     "balanced_kl": {
         "reference": unimix.balanced_kl,

@@ -35,7 +35,7 @@ int64_t blocks_of(const fd_conv& conv) { return (conv.N + kConvBlock - 1) / kCon
 // Parts of the batch whose sums are apart: they depend on the shape alone, so that results do not
 // depend on the threads.
 int64_t parts_of(const fd_conv& conv) {
-  const int64_t most = std::min(kMaxParts, kMaxSums / ConvSize(conv).sums);
+  const int64_t most = std::min(kMaxParts, kMaxSums / conv_size(conv).sums);
   const int64_t blocks = blocks_of(conv), wanted = (blocks + kPartBlocks - 1) / kPartBlocks;
   return std::max<int64_t>(1, std::min(most, wanted));
 }
@@ -53,8 +53,7 @@ int32_t check(const fd_conv* conv) {
   if (conv->N > kMaxImages || !fits(kMaxImage, {4, conv->H, conv->W, std::max(conv->C, conv->O)}) ||
       !fits(kMaxSums, {40, conv->C, conv->O}))
     return FD_ERROR_SIZE;
-  const bool shrinks = conv->kind == FD_CONV_POOL || conv->kind == FD_CONV_STRIDE;
-  if (shrinks && (conv->H % 2 || conv->W % 2)) return FD_ERROR_SIZE;
+  if (shrinks(*conv) && (conv->H % 2 || conv->W % 2)) return FD_ERROR_SIZE;
   if (conv->input != FD_FLOAT32 && conv->input != FD_UINT8) return FD_ERROR_DTYPE;
   if (conv->N == 0) return FD_OK;
   if (!conv->x || (conv->scale && !conv->z) || (conv->kind == FD_CONV_POOL && !conv->index))
@@ -81,7 +80,7 @@ int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad)
   if (!grad || any_null({grad->dweight, grad->dbias, grad->dscale, grad->dshift}))
     return FD_ERROR_NULL_POINTER;
   if (conv->N > 0 && (!grad->dy || (grad->dx && !grad->weight))) return FD_ERROR_NULL_POINTER;
-  const ConvSize size(*conv);
+  const ConvSize size = conv_size(*conv);
   const int64_t parts = parts_of(*conv), blocks = blocks_of(*conv);
   std::vector<float> sums(parts * size.sums);
   parallel_for(parts, [&](int64_t p) {

@@ -13,10 +13,6 @@ constexpr Window kForward[] = {
 constexpr Window kBackward[] = {
     {2, 5, 1, false, false}, {1, 2, 1, true, true}, {2, 6, 2, false, false}, {1, 4, 2, false, false}};
 
-bool shrinks(const fd_conv& conv) {
-  return conv.kind == FD_CONV_POOL || conv.kind == FD_CONV_STRIDE;
-}
-
 // The images of one block that a vector's lanes take: the first, how many, and where the block's
 // kept values of them start.
 struct Part {
@@ -27,7 +23,7 @@ struct Part {
 
 template <typename Body>
 void for_parts(const fd_conv& conv, int64_t begin, int64_t end, const Body& body) {
-  const ConvSize size(conv);
+  const ConvSize size = conv_size(conv);
   for (int64_t image = begin * kConvBlock; image < end * kConvBlock; image += kLanes) {
     const int64_t left = conv.N - image, lane = image % kConvBlock, block = image - lane;
     if (left <= 0) break;
@@ -91,7 +87,7 @@ void unpool(const float* dz, const int32_t* index, int64_t columns, const Image&
 void output_gradient(
     const fd_conv& conv, const fd_conv_grad& grad, const Part& part, float* row, float* dbias,
     float* dscale, float* dshift, const Image& to) {
-  const ConvSize size(conv);
+  const ConvSize size = conv_size(conv);
   const Norm norm{conv.scale, conv.shift, conv.centred != 0, conv.eps};
   const int64_t width = size.W * conv.O;
   for (int64_t y = 0; y < size.H; ++y) {
@@ -115,7 +111,7 @@ void output_gradient(
 
 // Blocks begin .. end - 1.
 void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
-  const ConvSize size(conv);
+  const ConvSize size = conv_size(conv);
   const Filter filter{kForward[conv.kind], conv.weight, conv.bias, conv.O};
   const Norm norm{conv.scale, conv.shift, conv.centred != 0, conv.eps};
   const Image image(conv.H, conv.W, conv.C, filter.window.border);
@@ -148,7 +144,7 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
 // shift, one after the other.
 void conv_norm_act_backward(
     const fd_conv& conv, const fd_conv_grad& grad, int64_t begin, int64_t end, float* sums) {
-  const ConvSize size(conv);
+  const ConvSize size = conv_size(conv);
   const Filter filter{kBackward[conv.kind], grad.weight, nullptr, conv.C};
   const bool pools = conv.kind == FD_CONV_POOL;
   const Image dz(
