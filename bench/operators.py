@@ -46,6 +46,13 @@ ROWS = {
     "heads": (16384, 64),
     "convolution": (16 * 64 * 32 * 32, 24),
 }
+# N, H, W, C, O of the second convolution of size 1m, of its last one, and of XS's first and last.
+CONVOLUTIONS = {
+    "pool": (256, 32, 32, 8, 12),
+    "upsample": (256, 32, 32, 8, 3),
+    "stride": (256, 64, 64, 3, 24),
+    "transpose": (256, 32, 32, 24, 3),
+}
 # N (1 + H), D, S, K, units of the heads on imagined states, by size.
 FEATURES = {
     "2023-xs": (16384, 256, 32, 32, 256),
@@ -112,6 +119,18 @@ def norm_act_inputs(kind: str, shape: tuple[int, int]) -> list[Any]:
     x, scale = torch.randn(shape, generator=g), torch.rand(shape[1], generator=g)
     shift = torch.randn(shape[1], generator=g).requires_grad_() if kind == "layer" else None
     return [x.requires_grad_(), scale.requires_grad_(), shift, kind, 1e-3]
+
+
+def conv_norm_act_inputs(shape: tuple[int, ...]) -> list[Any]:
+    g = torch.Generator().manual_seed(0)
+    n, height, width, c, o = shape
+    kind = next(k for k, v in CONVOLUTIONS.items() if v == shape)
+    size = 5 if kind in ("pool", "upsample") else 4
+    x = torch.randn(n, height, width, c, generator=g)
+    outer = (c, o) if kind == "transpose" else (o, c)
+    weight = torch.randn(*outer, size, size, generator=g) / (c * size**2) ** 0.5
+    bias, scale = (torch.rand(o, generator=g).requires_grad_() for _ in range(2))
+    return [x.requires_grad_(), weight.requires_grad_(), bias, scale, None, kind, "rms", 1e-3]
 
 
 def latent_linear_inputs(shape: tuple[int, ...]) -> list[Any]:
@@ -275,7 +294,7 @@ def measure(
     actual = run(operator, copies[0])
     timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
     torch.testing.assert_close(actual, run(getattr(REFERENCE, name), copies[1]), **tolerance)
-    torch.testing.assert_close(*copies, **tolerance)  # of an operator that changes them
+    torch.testing.assert_close(*map(tensors_of, copies), **tolerance)  # it may change them
 
     benchmark.pedantic(run, (operator, inputs), rounds=rounds, warmup_rounds=5)
     timing.medians.append(benchmark.stats.stats.median)
@@ -294,6 +313,13 @@ def bench_norm_act(benchmark, kind, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key = (f"norm_act {kind}", pass_, backend, shape)
     measure(benchmark, run, key, norm_act_inputs(kind, shape), 10, tolerance=SUM_TOLERANCE)
+
+
+@in_turns(CONVOLUTIONS)
+def bench_conv_norm_act(benchmark, backend, pass_, shape, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    key = ("conv_norm_act", pass_, backend, shape)
+    measure(benchmark, run, key, conv_norm_act_inputs(shape), 10, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(FEATURES)

@@ -27,8 +27,8 @@ def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
             times, in seconds; device, versions, commit, command and date are added.
         device: the kind of device that the times are of, "cpu" or "cuda".
     """
-    RESULTS.mkdir(exist_ok=True)
     path, common = RESULTS / f"{name}.jsonl", origin(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row | common) + "\n")
@@ -66,7 +66,12 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The short hash of the checkout, with "-dirty" where sources differ from it."""
+    """The short hash of the checkout, with "-dirty" where sources differ from it.
+
+    FASTDREAMER_COMMIT says it where the sources are no checkout.
+    """
+    if given := os.environ.get("FASTDREAMER_COMMIT"):
+        return given
     hashed = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return (hashed or "none") + ("-dirty" if changed else "")

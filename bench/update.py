@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ import torch
 
 from bench import rivals
 from bench.results import ROOT, origin, record
-from bench.workload import Update, Workload
+from bench.workload import PLAIN, Update, Workload
 from fastdreamer.cli import parse, run
 from fastdreamer.config import SIZES
 from fastdreamer.errors import UsageError, UserError
+from fastdreamer.execution import Execution
 from fastdreamer.host import set_up_process
 from fastdreamer.kernels import Ops, resolve
 from fastdreamer.loading import choose_device
@@ -115,10 +117,13 @@ def measure(options: Options) -> dict[str, Any]:
     except RuntimeError as error:
         raise UsageError(f"--backend: {error}") from None
     load = os.getloadavg()[0]
-    gate(workload.recipe, ops)
+    gate(workload, ops)
     clock = Clock(workload.device)
-    ours = clock.start(f"float32, {ops.backend}", lambda: workload.update(ops))
-    others = {name: clock.best(name, workload, options.compile) for name in names}
+    ours, tried = clock.best("ours", own_settings(workload, ops))
+    others = {
+        name: clock.best(name, rivals.load(name).updates(workload, options.compile))
+        for name in names
+    }
     peaks = clock.in_turns([ours, *(best for best, _ in others.values())], options.rounds)
     return {
         "workload": workload.name,
@@ -132,15 +137,17 @@ def measure(options: Options) -> dict[str, Any]:
         "rounds": options.rounds,
         "load_before": load,
         **ours.summary(),
+        "tried": tried,
+        **memory(workload.device),
         "rivals": {name: best.seconds for name, (best, _) in others.items()},
         "rivals_at": {
             name: best.summary()
             | {
                 "version": rivals.installed_version(name),
-                "tried": tried,
+                "tried": attempts,
                 "compile": options.compile,
             }
-            for name, (best, tried) in others.items()
+            for name, (best, attempts) in others.items()
         },
         "ratio": ratio(ours, [best for best, _ in others.values()]),
         **floor(workload.flops(), peaks, ours.seconds),
@@ -180,17 +187,49 @@ def chosen(options: Options, workload: Workload) -> list[str]:
     return names
 
 
-def gate(recipe: str, ops: Ops) -> None:
+def own_settings(workload: Workload, ops: Ops) -> rivals.Makers:
+    """Our updates by their settings: float32 on a CPU; on a GPU everything that there is to choose.
+
+    There plain PyTorch is among them, with and without torch.compile and CUDA graphs.
+    """
+    chosen = {ops.backend: [PLAIN]}
+    if workload.device == "cuda":
+        flags = (True, False)
+        every = [Execution("bf16", compile, graph) for compile in flags for graph in flags]
+        chosen = {backend: every for backend in dict.fromkeys((ops.backend, "triton", "reference"))}
+    return {
+        f"{backend}, {execution}": partial(
+            workload.update, resolve(backend, workload.device), execution
+        )
+        for backend, executions in chosen.items()
+        for execution in executions
+    }
+
+
+def memory(device: str) -> dict[str, int]:
+    """Bytes of a GPU that were allocated at most, and that the process and its graphs hold."""
+    if device == "cpu":
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"allocated_bytes": torch.cuda.max_memory_allocated(), "held_bytes": total - free}
+
+
+def gate(workload: Workload, ops: Ops) -> None:
     """Run the golden tests of the recipe, which compare with the original implementation.
 
     Raises:
         UserError: they fail.
     """
+    recipe, device = workload.recipe, workload.device
     folders = sorted((ROOT / "tests" / "golden").glob(f"v{recipe}*"))
     golden = [argument for folder in folders for argument in ("--golden", str(folder))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_golden.py", *golden]
     done = subprocess.run(
-        [*command, "--backend", ops.backend], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--device", device, "--backend", ops.backend],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:]
@@ -224,21 +263,19 @@ class Clock:
             update()
         return contender
 
-    def best(
-        self, name: str, workload: Workload, compiled: bool
-    ) -> tuple[Contender, dict[str, float | str]]:
-        """A rival at the fastest of its settings, and what a few updates took at each.
+    def best(self, name: str, makers: rivals.Makers) -> tuple[Contender, dict[str, float | str]]:
+        """Someone's update at the fastest of its settings, and what a few took at each.
 
         Raises:
             UserError: it fails at every setting.
         """
         best: Contender | None = None
         fastest, tried = float("inf"), {}
-        for settings, make in rivals.load(name).updates(workload, compiled).items():
+        for settings, make in makers.items():
             try:
                 contender = self.start(settings, make)
                 seconds = min(self.time(contender.update) for _ in range(TRIALS))
-            except Exception as error:  # whatever a rival raises rules out this setting alone
+            except Exception as error:  # whatever is raised rules out this setting alone
                 tried[settings] = f"{type(error).__name__}: {error}".splitlines()[0]
                 _progress(name, settings, str(tried[settings]))
                 continue

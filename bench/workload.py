@@ -18,13 +18,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdreamer import execution as execution_module
 from fastdreamer.agent import Agent
 from fastdreamer.config import PRESETS, SIZES, LearnerConfig, ModelConfig
+from fastdreamer.execution import Execution
 from fastdreamer.kernels import Ops, resolve
 from fastdreamer.learner import Learner
 from fastdreamer.recipe import RECIPES
 
 Update = Callable[[], object]
+PLAIN = Execution("fp32", compile=False, graph=False)
 
 IMAGE = {"image": Box(0, 255, (64, 64, 3), np.uint8)}
 VECTORS = {  # of DeepMind Control's walker
@@ -94,10 +97,14 @@ class Workload:
         torch.manual_seed(0)
         return Agent(*self.spaces, self.model, RECIPES[self.recipe], ops).to(self.device)
 
-    def update(self, ops: Ops) -> Update:
-        """One update of ours, on new parameters."""
-        learner, batch = Learner.make(self.agent(ops), self.learner), self.batch
-        return lambda: learner.update(batch)
+    def update(self, ops: Ops, execution: Execution = PLAIN) -> Update:
+        """One update of ours, on new parameters, from a batch as the replay gives it."""
+        agent, batch = self.agent(ops), dict(self.batch)
+        agent.bf16 = execution.precision == "bf16"
+        if "stoch" in batch:
+            batch["stoch"] = batch["stoch"].argmax(-1).to(torch.uint8)
+        update = execution_module.Update(Learner.make(agent, self.learner), execution)
+        return lambda: update(batch)
 
     def flops(self) -> int:
         """Dense floating-point operations of one update, by the reference; nothing is computed."""

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 4
+#define FD_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -37,6 +37,7 @@ enum fd_dtype {
   FD_FLOAT32 = 0,
   FD_FLOAT64 = 1,
   FD_BFLOAT16 = 2,
+  FD_UINT8 = 3,
 };
 
 /* Instruction sets of the CPU library, from the slowest to the fastest. */
@@ -234,6 +235,56 @@ FD_API int32_t fd_norm_act_backward(
     const void* dy, const void* x, const void* scale, const void* shift,
     void* dx, void* dscale, void* dshift,
     int64_t rows, int64_t n, int32_t centred, int32_t silu, float eps, int32_t dtype, void* stream);
+
+/* How a convolution changes the size of its images. */
+enum fd_conv_kind {
+  FD_CONV_POOL = 0,      /* 5x5, padding 2, then the maximum of every 2x2; H and W even */
+  FD_CONV_STRIDE = 1,    /* 4x4, stride 2, padding 1; H and W even */
+  FD_CONV_UPSAMPLE = 2,  /* 5x5, padding 2, of the image with every pixel doubled both ways */
+  FD_CONV_TRANSPOSE = 3, /* transposed 4x4, stride 2, padding 1 */
+};
+
+#define FD_CONV_BLOCK 16 /* images that are kept side by side; N' is N rounded up to it */
+
+/* Convolution of N images, then, where `scale` is not null, norm over channels and SiLU as in
+ * fd_norm_act. All contiguous; H' and W' are H and W doubled, or halved by POOL and STRIDE. At most
+ * 2^24 for H W C, H W O and 2^24 / 40 for C O: the kernels hold sixteen images at once. */
+typedef struct fd_conv {
+  int32_t kind;    /* fd_conv_kind */
+  int32_t input;   /* FD_FLOAT32, or FD_UINT8: pixels taken as x / 255 - 0.5 */
+  int32_t centred; /* LayerNorm */
+  float eps;
+  int64_t N, H, W, C, O;
+  const void* x;       /* (N, H, W, C) */
+  const float* weight; /* (5, 5, C, O), (4, 4, C, O); for each parity of the output's row and column
+                        * UPSAMPLE (2, 2, 3, 3, C, O), TRANSPOSE (2, 2, 2, 2, C, O) */
+  const float* bias;   /* (O,) or null */
+  const float* scale;  /* (O,) or null */
+  const float* shift;  /* (O,) or null */
+  float* y;            /* (N, H', W', O) */
+  float* z;            /* (N' / 16, H', W', O, 16) before the norm, kept; or null without one */
+  int32_t* index;      /* (N' / 16, H', W', O / 16 rounded up, 16) which of its 2x2 each maximum was,
+                        * two bits for each of 16 channels; POOL only */
+} fd_conv;
+
+FD_API int32_t fd_conv_norm_act(const fd_conv* conv);
+
+/* Gradients from dy (N, H', W', O); conv.z and index are read, conv.weight, bias and y are not. The
+ * input's gradient is itself a convolution, of the gradient before norm and pooling, with `weight`:
+ * POOL (5, 5, O, C), STRIDE (2, 2, 2, 2, O, C) by parity of the input's row and column, UPSAMPLE
+ * (6, 6, O, C), TRANSPOSE (4, 4, O, C). dweight is laid out like that for the kinds that enlarge,
+ * like conv.weight for the others. */
+typedef struct fd_conv_grad {
+  const float* dy;
+  const float* weight; /* may be null where dx is */
+  float* dx;           /* (N, H, W, C), or null: not wanted */
+  float* dweight;
+  float* dbias;  /* (O,), as the next two; zeros without a norm */
+  float* dscale;
+  float* dshift;
+} fd_conv_grad;
+
+FD_API int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad);
 
 /* Categoricals: N rows of K >= 1 classes, contiguous, FD_FLOAT32; logp and logq are normalised
  * log-probabilities. unimix: logp = ln((1 - mix) softmax(logits) + mix / K), mix in 0..1. */

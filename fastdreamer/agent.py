@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -19,7 +20,7 @@ from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
 from fastdreamer.kernels.rssm_weights import Layer
-from fastdreamer.nets import MLP, Decoder, Dense, Encoder, Linear, initialise, output_init
+from fastdreamer.nets import MLP, Decoder, Dense, Encoder, Linear, full, initialise, output_init
 from fastdreamer.recipe import Recipe
 from fastdreamer.rssm import RSSM, State
 
@@ -75,7 +76,8 @@ class Actor(nn.Module):
         x = self.mlp(feat, latents)
         parts: dict[str, Categorical | BoundedNormal] = {}
         for part in self.spec.parts:
-            outputs = [head(x) for head in cast(nn.ModuleDict, self.heads[part.name]).values()]
+            heads = cast(nn.ModuleDict, self.heads[part.name]).values()
+            outputs = [full(head(x)) for head in heads]
             if part.discrete:
                 parts[part.name] = Categorical(self.ops.unimix(outputs[0], self.mix), self.ops)
             else:
@@ -128,6 +130,9 @@ class Agent(nn.Module):
     Raises ValueError where a space is not supported; the message names what is.
     """
 
+    bf16 = False
+    """Matrix products and convolutions are computed in bfloat16, all else in float32."""
+
     def __init__(
         self,
         obs_space: Mapping[str, Box],
@@ -158,6 +163,17 @@ class Agent(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def products(self, cache: bool = True) -> AbstractContextManager:
+        """Context in which matrix products and convolutions have the agent's precision.
+
+        Args:
+            cache: keep converted weights until the end. Those that were converted without
+                gradient would get none where they are used with one.
+        """
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cache)
 
     def zero_state(self, rows: int) -> State:
         """States (N, ...) of zeros."""
@@ -196,10 +212,11 @@ class Agent(nn.Module):
             The carry for the next call; its ``action`` is the one to take (see ``spec.decode``).
         """
         rssm = self.world_model.rssm
-        scan = rssm.start_scan(self.world_model.encoder(obs))
-        state, _ = rssm.observe_step(
-            carry.state, carry.action, scan, scan.embedded, is_first, noise.stoch
-        )
-        policy = self.actor(rssm.features(state))
+        with self.products():
+            scan = rssm.start_scan(self.world_model.encoder(obs))
+            state, _ = rssm.observe_step(
+                carry.state, carry.action, scan, scan.embedded, is_first, noise.stoch
+            )
+            policy = self.actor(rssm.features(state))
         action = torch.zeros_like(noise.action) if mode else noise.action
         return Carry(state, policy.sample(action))

@@ -157,6 +157,13 @@ class Config:
     """Where to learn and act; auto takes a GPU if there is one."""
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Kernels: auto takes the best available, an explicit choice fails if it is not."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products and convolutions; auto takes bf16 on a GPU, fp32 on a CPU. Weights,
+    optimiser, losses and statistics are fp32 either way."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the losses by torch.compile; auto does on a GPU."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay updates and policy steps as CUDA graphs; auto does on a GPU."""
     threads: int = 0
     """CPU threads of PyTorch; 0 keeps its default."""
     deterministic: bool = False

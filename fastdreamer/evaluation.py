@@ -11,6 +11,7 @@ import torch
 
 from fastdreamer.agent import Agent
 from fastdreamer.envs import VectorEnv
+from fastdreamer.execution import Act
 
 Rows = dict[str, np.ndarray]
 Policy = Callable[[Rows], np.ndarray]
@@ -87,11 +88,11 @@ def play(
 
 
 def compare_with_random(
-    agent: Agent, make: Callable[[], VectorEnv], episodes: int, seed: int
+    agent: Agent, make: Callable[[], VectorEnv], episodes: int, seed: int, graph: bool = False
 ) -> dict[str, Summary]:
     """Statistics of "agent" and of "random" actions in environments that ``make`` makes."""
     policies: dict[str, Callable[[VectorEnv], Policy]] = {
-        "agent": lambda envs: agent_policy(agent, envs.num_envs, seed),
+        "agent": lambda envs: agent_policy(agent, envs.num_envs, seed, graph=graph),
         "random": lambda envs: random_policy(envs, seed),
     }
     return {name: summarise(play(make, policy, episodes)) for name, policy in policies.items()}
@@ -106,18 +107,22 @@ def random_policy(envs: VectorEnv, seed: int) -> Policy:
     return lambda rows: space.sample()
 
 
-def agent_policy(agent: Agent, rows: int, seed: int, mode: bool = False) -> Policy:
-    """The agent's policy: samples, or modes of the policy (latents are sampled either way)."""
-    device = next(agent.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+def agent_policy(
+    agent: Agent, rows: int, seed: int, mode: bool = False, graph: bool = False
+) -> Policy:
+    """The agent's policy: samples, or modes of the policy (latents are sampled either way).
+
+    ``graph``: as one CUDA graph.
+    """
+    device = agent.device
+    act = Act(agent, torch.Generator(device).manual_seed(seed), graph, mode)
     carry = agent.initial_carry(rows)
 
     def policy(row: Rows) -> np.ndarray:
         nonlocal carry
         obs = {k: torch.from_numpy(row[k]).to(device) for k in agent.obs_space}
         first = torch.from_numpy(row["is_first"]).to(device)
-        noise = agent.act_noise(rows, generator)
-        carry = agent.act(obs, first, carry, noise, mode)
+        carry = act(obs, first, carry)
         return agent.spec.decode(carry.action.cpu().numpy())
 
     return policy

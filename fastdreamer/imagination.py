@@ -107,7 +107,7 @@ def _observe(agent: Agent, obs: Mapping[str, Tensor], action: Tensor, noise: Ten
     first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
     first[:, 0] = True
     model, previous = agent.world_model, action.roll(1, 1)  # that of step 0 is masked
-    states, _, _ = model.rssm.observe(None, model.encoder(obs), previous, first, noise)
+    states, _ = model.rssm.observe(None, model.encoder(obs), previous, first, noise)
     return [State(*x) for x in zip(states.deter.unbind(1), states.stoch.unbind(1), strict=True)]
 
 

@@ -77,6 +77,8 @@ class Learner:
         ).to(agent.device)
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         self.updates = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=agent.device)
+        """The number of updates where they run: what a captured update reads and advances."""
 
     @staticmethod
     def make(agent: Agent, config: LearnerConfig, seed: int = 0) -> Learner:
@@ -99,6 +101,11 @@ class Learner:
         self.scale.load_state_dict(state["scale"])
         self.generator.set_state(state["generator"].cpu())
         self.updates = state["updates"]
+        self.count.fill_(self.updates)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything on the device that an update changes, where the next one reads it."""
+        return [*self.agent.parameters(), *self.scale.buffers(), self.count]
 
     def _optimizer_state(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -133,6 +140,12 @@ class Learner:
         Returns:
             Scalar tensors by name, on the device, and the posterior states of the loss's steps.
         """
+        results = self.learn(batch, noise)
+        self.updates += 1
+        return results
+
+    def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+        """The work of :meth:`update`, which the host only enqueues: it may be captured."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -149,13 +162,24 @@ class Learner:
 
         Source: DreamerV3, eq. 4-5.
         """
+        is_first = batch["is_first"].bool()
+        rssm = self.agent.world_model.rssm
+        states, post = rssm.observe(start, self.encode(batch), previous, is_first, noise)
+        return self.predict(batch, states, post)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Embeddings of the observations (B, T, E)."""
+        return self.agent.world_model.encoder({k: batch[k] for k in self.agent.obs_space})
+
+    def predict(self, batch: Batch, states: State, post: Tensor) -> Observed:
+        """What the model says of states (B, T, ...), beside what happened.
+
+        Args:
+            post: their posterior log-probabilities (B, T, S, K).
+        """
         model, config, ops = self.agent.world_model, self.config, self.ops
         obs = {k: batch[k] for k in self.agent.obs_space}
-        is_first = batch["is_first"].bool()
-        states, post, prior = model.rssm.observe(
-            start, model.encoder(obs), previous, is_first, noise
-        )
-        feat = model.rssm.features(states)
+        prior, feat = model.rssm.prior(states.deter), model.rssm.features(states)
         recon = model.decode(states)
         losses = {k: reconstruction_loss(v, obs[k], self.recipe) for k, v in recon.items()}
         losses["reward"] = ops.twohot_loss(model.reward(feat), batch["reward"], self.recipe.bins)
@@ -191,9 +215,15 @@ class Learner:
         Without gradient but for the value's logits. Updates the return scale.
         Source: DreamerV3, eq. 6-7 and 12.
         """
+        agent = self.agent
+        with agent.products(cache=False):
+            rollout = agent.world_model.rssm.imagine(start, agent.actor.weights(), noise)
+        return self.judge(*rollout, cont)
+
+    def judge(self, feat: Tensor, latents: Latents, actions: Tensor, cont: Tensor) -> Imagined:
+        """Rewards, values and returns of a rollout; arguments as in :class:`Imagined`."""
         agent, config, ops, bins = self.agent, self.config, self.ops, self.recipe.bins
         model = agent.world_model
-        feat, latents, actions = model.rssm.imagine(start, agent.actor.weights(), noise)
         value_logits = agent.critic(feat, latents)
         with torch.no_grad():
             rewards = ops.twohot_mean(model.reward(feat, latents), bins)
@@ -224,22 +254,12 @@ class Learner:
 
     def behaviour_losses(self, imagined: Imagined) -> tuple[Tensor, Tensor, Metrics]:
         """Actor and critic losses (scalars) of a rollout, and metrics."""
-        weight = imagined.weight[:, :-1]
-        policy = self.agent.actor(imagined.feat, imagined.latents)
-        entropy = policy.entropy()[:, :-1]
-        policy_loss = actor_loss(
-            policy.log_prob(imagined.actions)[:, :-1],
-            entropy,
-            imagined.advantage,
-            weight,
-            self.config.entropy_scale,
-        )
-        targets = (imagined.returns, imagined.target_values)
-        value_loss = critic_loss(imagined.value_logits, targets, weight, self.recipe.bins, self.ops)
+        policy_loss, entropy = self.policy_loss(imagined)
+        value_loss = self.value_loss(imagined)
         metrics = {
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
-            "entropy/policy": entropy.detach().mean(),
+            "entropy/policy": entropy.detach(),
             "imagined/reward": imagined.rewards.mean(),
             "imagined/value": imagined.values.mean(),
             "imagined/return": imagined.returns.mean(),
@@ -247,6 +267,18 @@ class Learner:
             "return/high": self.scale.high.clone(),
         }
         return policy_loss, value_loss, metrics
+
+    def policy_loss(self, imagined: Imagined) -> tuple[Tensor, Tensor]:
+        """The actor's loss and the mean entropy of its policy (scalars)."""
+        policy = self.agent.actor(imagined.feat, imagined.latents)
+        log_prob, entropy = policy.log_prob(imagined.actions)[:, :-1], policy.entropy()[:, :-1]
+        weight, scale = imagined.weight[:, :-1], self.config.entropy_scale
+        return actor_loss(log_prob, entropy, imagined.advantage, weight, scale), entropy.mean()
+
+    def value_loss(self, imagined: Imagined) -> Tensor:
+        """The critic's loss on imagined states (scalar)."""
+        targets, weight = (imagined.returns, imagined.target_values), imagined.weight[:, :-1]
+        return critic_loss(imagined.value_logits, targets, weight, self.recipe.bins, self.ops)
 
 
 class SeparateLearner(Learner):
@@ -269,7 +301,13 @@ class SeparateLearner(Learner):
 
     @staticmethod
     def _adam(module: nn.Module, lr: float, eps: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(module.parameters(), lr=lr, eps=eps, fused=True)
+        params = list(module.parameters())
+        on_gpu = params[0].is_cuda
+        return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=on_gpu)
+
+    def tensors(self) -> list[Tensor]:
+        states = (s for o in self.optimizers.values() for s in o.state.values())
+        return [*super().tensors(), *(x for state in states for x in state.values())]
 
     def _optimizer_state(self) -> dict[str, Any]:
         return {k: o.state_dict() for k, o in self.optimizers.items()}
@@ -278,19 +316,21 @@ class SeparateLearner(Learner):
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
 
-    def update(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+    def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
         noise = noise or self.draw_noise(*batch["reward"].shape)
-        observed = self.observe_batch(batch, noise.post)
-        loss = self.world_model_loss(observed)
+        with self.agent.products():
+            observed = self.observe_batch(batch, noise.post)
+            loss = self.world_model_loss(observed)
         metrics = observed.metrics | {"loss/world_model": loss.detach()}
         metrics |= self.step("world_model", loss)
         # Imagination runs the updated model from the posteriors before its update.
         cont = 1 - batch["is_terminal"].to(loss.dtype).flatten()
-        imagined = self.imagine(observed.states.flatten(), cont, noise.imagine)
-        policy_loss, value_loss, behaviour = self.behaviour_losses(imagined)
+        with self.agent.products():
+            imagined = self.imagine(observed.states.flatten(), cont, noise.imagine)
+            policy_loss, value_loss, behaviour = self.behaviour_losses(imagined)
         metrics |= behaviour | self.step("actor", policy_loss) | self.step("critic", value_loss)
         self.update_target()
-        self.updates += 1
+        self.count += 1
         return metrics, observed.states
 
     def observe_batch(self, batch: Batch, noise: Tensor) -> Observed:
@@ -320,6 +360,9 @@ class JointLearner(Learner):
         self.nu = {k: torch.zeros_like(p) for k, p in self.params.items()}
         self.mu = {k: torch.zeros_like(p) for k, p in self.params.items()}
 
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.nu.values(), *self.mu.values()]
+
     def _optimizer_state(self) -> dict[str, Any]:
         return {"nu": self.nu, "mu": self.mu}
 
@@ -328,14 +371,15 @@ class JointLearner(Learner):
             self.nu[name].copy_(state["nu"][name])
             self.mu[name].copy_(state["mu"][name])
 
-    def update(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
+    def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
         rows, length = batch["reward"].shape
         noise = noise or self.draw_noise(rows, length - 1)
-        loss, metrics, states = self.loss(batch, noise)
+        with self.agent.products():
+            loss, metrics, states = self.loss(batch, noise)
         grads = list(torch.autograd.grad(loss, list(self.params.values())))
         metrics["grad_norm"] = self.step(grads)
         self.update_target()
-        self.updates += 1
+        self.count += 1
         return metrics, states
 
     def loss(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Metrics, State]:
@@ -387,14 +431,21 @@ class JointLearner(Learner):
         Returns the norm of all gradients (scalar).
         """
         config, params = self.config, [p.data for p in self.params.values()]
-        warmup = min(1.0, self.updates / config.warmup) if config.warmup else 1.0
-        return self.ops.agc_laprop(
-            params,
-            grads,
-            list(self.nu.values()),
-            list(self.mu.values()),
-            self.updates + 1,
-            config.lr * warmup,
-            config.clip_adaptive,
-            eps=config.eps,
-        )
+        nu, mu = list(self.nu.values()), list(self.mu.values())
+        step = self.progress() + 1
+        rate = warm_up(config.lr, step - 1, config.warmup)
+        clip = config.clip_adaptive
+        return self.ops.agc_laprop(params, grads, nu, mu, step, rate, clip, eps=config.eps)
+
+    def progress(self) -> int | Tensor:
+        """Updates done: a number for the host's kernels, on a GPU a scalar tensor there."""
+        return self.updates if self.agent.device.type == "cpu" else self.count
+
+
+def warm_up(rate: float, updates: int | Tensor, over: int) -> float | Tensor:
+    """The learning rate after so many updates: from 0 up to ``rate`` in a line."""
+    if not over:
+        return rate
+    if isinstance(updates, Tensor):
+        return rate * (updates / over).clamp(max=1)
+    return rate * min(1.0, updates / over)

@@ -21,6 +21,7 @@ from fastdreamer.checkpoint import Checkpoint, CheckpointError
 from fastdreamer.config import Config
 from fastdreamer.envs import VectorEnv, make_envs
 from fastdreamer.errors import UsageError
+from fastdreamer.execution import choose_precision
 from fastdreamer.kernels import resolve
 from fastdreamer.recipe import RECIPES
 
@@ -82,6 +83,7 @@ def make_agent(
         agent = Agent(boxes, envs.act_space, config.model, RECIPES[config.recipe], ops)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"task {config.task}: {error}") from None
+    agent.bf16 = choose_precision(config.precision, torch.device(device)) == "bf16"
     return agent.to(device)
 
 

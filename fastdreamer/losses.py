@@ -5,6 +5,7 @@ Legend: B batch, T time, N = B T, H horizon, S stoch, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -83,21 +84,26 @@ class ReturnScale(nn.Module):
 
     low: Tensor
     high: Tensor
-    quantiles: Tensor
 
     def __init__(self, decay: float, limit: float, percentiles: tuple[float, float]):
         super().__init__()
-        self.decay, self.limit = decay, limit
+        self.decay, self.limit, self.percentiles = decay, limit, percentiles
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
-        self.register_buffer(
-            "quantiles", torch.tensor(percentiles, dtype=torch.float64), persistent=False
-        )
 
     def forward(self, returns: Tensor) -> Tensor:
         """Update with ``returns`` (any shape), then give the scale, at least the limit (scalar)."""
-        quantiles = self.quantiles.to(returns.dtype)
-        levels = torch.quantile(returns.detach().flatten(), quantiles)
-        for buffer, level in zip((self.low, self.high), levels, strict=True):
-            buffer.lerp_(level.to(buffer.dtype), 1 - self.decay)
+        ordered = returns.detach().flatten().sort().values
+        for buffer, percentile in zip((self.low, self.high), self.percentiles, strict=True):
+            buffer.lerp_(quantile(ordered, percentile).to(buffer.dtype), 1 - self.decay)
         return (self.high - self.low).clamp(min=self.limit)
+
+
+def quantile(ordered: Tensor, q: float) -> Tensor:
+    """The ``q``-quantile of ascending values (N,), linear between two of them (scalar).
+
+    As ``torch.quantile``, which checks its argument on the host.
+    """
+    rank = q * (len(ordered) - 1)
+    below = ordered[math.floor(rank)]
+    return below.lerp(ordered[math.ceil(rank)], rank - math.floor(rank))

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
@@ -49,6 +48,11 @@ def initialise(
 def output_init(recipe: Recipe) -> Init:
     """How output layers without a rule of their own start."""
     return "uniform" if recipe.uniform_outputs else "normal"
+
+
+def full(x: Tensor) -> Tensor:
+    """What a product of mixed precision left in bfloat16, in float32; anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 class Linear(nn.Linear):
@@ -105,8 +109,11 @@ class Dense(nn.Module):
         return activate(self.product(x, latents), self.norm, self.ops)
 
     def product(self, x: Tensor, latents: Latents | None) -> Tensor:
-        """The Linear alone; of features without gradient it may use that they are one-hot."""
-        if latents is None:
+        """The Linear alone; of features without gradient it may use that they are one-hot.
+
+        In bfloat16 on a GPU the product costs less than the rows that would replace it.
+        """
+        if latents is None or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return self.linear(x)
         return self.ops.latent_linear(x, latents.drawn, *self.weights()[:2], *latents[1:])
 
@@ -138,15 +145,15 @@ class MLP(nn.Module):
         """``latents``: of features without gradient; see `Dense.product`."""
         for i, block in enumerate(self.hidden):
             x = block(x, None if i else latents)
-        return self.out(x)
+        return full(self.out(x))
 
 
 class ConvBlock(nn.Module):
     """Convolution that halves or (``up``) doubles the size, then channel norm and SiLU.
 
-    (N, C, H, W) -> (N, C', H/2, W/2) or (N, C', 2H, 2W), channels-last in memory. "stride" is one
-    4x4 convolution of stride 2 or its transpose; "pool" a 5x5 one, then 2x2 max pooling, or
-    nearest upsampling before it. The last one has a bias and neither norm nor activation.
+    (N, H, W, C) -> (N, H/2, W/2, C') or (N, 2H, 2W, C'). "stride" is one 4x4 convolution of
+    stride 2 or its transpose; "pool" a 5x5 one, then 2x2 max pooling, or nearest upsampling before
+    it. The last one has a bias and neither norm nor activation.
     """
 
     def __init__(
@@ -161,9 +168,10 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.ops = ops
         self.conv: nn.Conv2d | nn.ConvTranspose2d
-        self.pool, self.up = recipe.conv == "pool", up
+        kinds = {"pool": ("pool", "upsample"), "stride": ("stride", "transpose")}
+        self.kind, self.norm_kind = kinds[recipe.conv][up], recipe.norm
         bias = last or recipe.norm == "rms"
-        if self.pool:
+        if recipe.conv == "pool":
             self.conv = nn.Conv2d(inputs, outputs, 5, padding=2, bias=bias)
         else:
             make = nn.ConvTranspose2d if up else nn.Conv2d
@@ -175,14 +183,12 @@ class ConvBlock(nn.Module):
         self.norm = None if last else make_norm(outputs, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pool and self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = self.conv(x)
-        if self.pool and not self.up:
-            x = F.max_pool2d(x, 2)
-        if self.norm is None:
-            return x
-        return activate(x.permute(0, 2, 3, 1), self.norm, self.ops).permute(0, 3, 1, 2)
+        conv, norm = self.conv, self.norm
+        scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        eps = 0.0 if norm is None else norm.eps
+        return self.ops.conv_norm_act(
+            x, conv.weight, conv.bias, scale, shift, self.kind, self.norm_kind, eps
+        )
 
 
 def split_keys(obs_space: Mapping[str, Box]) -> tuple[list[str], list[str]]:
@@ -247,9 +253,10 @@ class Encoder(nn.Module):
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1)  # (..., H, W, C)
             lead = x.shape[:-3]
-            x = self.cnn((x.flatten(0, -4).to(dtype) / 255 - 0.5).permute(0, 3, 1, 2))
-            if self.recipe.conv == "pool":
-                x = x.permute(0, 2, 3, 1)
+            x = x.flatten(0, -4)
+            x = self.cnn(x if x.dtype == torch.uint8 else x.to(dtype) / 255 - 0.5)
+            if self.recipe.conv == "stride":
+                x = x.permute(0, 3, 1, 2)
             parts.append(x.reshape(*lead, -1))
         if self.vectors:
             x = torch.cat([symlog(obs[k].to(dtype)) for k in self.vectors], -1)
@@ -343,12 +350,12 @@ class Decoder(nn.Module):
         recon: dict[str, Tensor] = {}
         if self.images:
             x = self.stem(deter, stoch).flatten(0, -4)
-            x = self.cnn(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+            x = full(self.cnn(x.permute(0, 2, 3, 1)))
             if self.recipe.conv == "pool":
                 x = torch.sigmoid(x)
             parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            recon.update((k, self.heads[k](x)) for k in self.vectors)
+            recon.update((k, full(self.heads[k](x))) for k in self.vectors)
         return recon

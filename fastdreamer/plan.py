@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import re
@@ -18,10 +17,9 @@ import torch
 import fastdreamer
 from fastdreamer.config import Config, LearnerConfig
 from fastdreamer.errors import UsageError
+from fastdreamer.graph import preserved
 from fastdreamer.kernels import Ops
-from fastdreamer.learner import Learner
 from fastdreamer.recipe import RECIPES
-from fastdreamer.stored import unpack
 
 if TYPE_CHECKING:
     from fastdreamer.trainer import Trainer
@@ -157,6 +155,7 @@ def describe(trainer: Trainer) -> str:
         f"(replay ratio {learner.replay_ratio:g} after {learner.prefill:,} {kind}steps)",
         f"device {trainer.device} ({_device_name(trainer.device)}), kernels {_served(agent.ops)}, "
         f"log directory {trainer.logdir}",
+        _execution(trainer),
     ]
     update, act = _measure(trainer)
     seconds = update * updates + act * steps
@@ -178,19 +177,27 @@ def _served(ops: Ops) -> str:
     return ", ".join(f"{backend} ({count} operators)" for backend, count in counts.items())
 
 
+def _execution(trainer: Trainer) -> str:
+    """How it is computed; where a checkpoint is of another precision, that too."""
+    before, now = trainer.resumed_precision, trainer.execution.precision
+    resumed = f" (until step {trainer.step:,} {before})" if before != now else ""
+    return str(trainer.execution).replace(now, now + resumed, 1)
+
+
 def _measure(trainer: Trainer) -> tuple[float, float]:
-    """Seconds of one update and of one policy step, on a copy of the agent."""
-    agent, config = copy.deepcopy(trainer.agent), trainer.config
-    learner = Learner.make(agent, config.learner)
+    """Seconds of one update and of one policy step, which leave nothing behind."""
+    learner, config = trainer.learner, trainer.config
     rows = trainer.replay.allocate(config.learner.batch_size, window(config))
+    del rows["step_id"]
     batch = {k: torch.zeros_like(v, device=trainer.device) for k, v in rows.items()}
-    batch = unpack(batch, agent)
     count = config.num_envs
-    obs = {k: batch[k][0, :1].expand(count, *batch[k].shape[2:]) for k in agent.obs_space}
+    spaces = trainer.agent.obs_space
+    obs = {k: batch[k][0, :1].expand(count, *batch[k].shape[2:]) for k in spaces}
     first = torch.ones(count, dtype=torch.bool, device=trainer.device)
-    noise, carry = agent.act_noise(count, learner.generator), agent.initial_carry(count)
-    act = _time(lambda: agent.act(obs, first, carry, noise), trainer.device)
-    return _time(lambda: learner.update(batch), trainer.device), act
+    trainer.prefetcher.wait()  # beside a capture no batch should be on its way
+    with preserved(learner.tensors, [learner.generator, trainer.generator]):
+        act = _time(lambda: trainer.act(obs, first, None), trainer.device)
+        return _time(lambda: trainer.update.run(batch), trainer.device), act
 
 
 def _time(task: Callable[[], Any], device: torch.device) -> float:

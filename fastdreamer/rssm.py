@@ -24,7 +24,7 @@ from fastdreamer.kernels.rssm_weights import (
     Layer,
     RSSMWeights,
 )
-from fastdreamer.nets import BlockLinear, Dense, Linear, make_norm, output_init
+from fastdreamer.nets import BlockLinear, Dense, Linear, full, make_norm, output_init
 from fastdreamer.recipe import Recipe
 
 
@@ -121,7 +121,7 @@ class LatentHead(nn.Module):
         return (*hidden, Layer(self.out.weight, self.out.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.unimix(self.out(self.hidden(x)).unflatten(-1, self.shape), self.mix)
+        return self.ops.unimix(full(self.out(self.hidden(x))).unflatten(-1, self.shape), self.mix)
 
 
 class RSSM(nn.Module):
@@ -180,7 +180,8 @@ class RSSM(nn.Module):
         The embedding's share of the posterior's first product is one product for all steps.
         """
         linear = cast(Dense, self.posterior.hidden[0]).linear
-        return Scan(self.weights(), F.linear(embed, linear.weight[:, self.deter :], linear.bias))
+        embedded = F.linear(embed, linear.weight[:, self.deter :], linear.bias)
+        return Scan(self.weights(), full(embedded))
 
     def observe_step(
         self,
@@ -213,7 +214,7 @@ class RSSM(nn.Module):
         action: Tensor,
         is_first: Tensor,
         noise: Tensor,
-    ) -> tuple[State, Tensor, Tensor]:
+    ) -> tuple[State, Tensor]:
         """Posterior scan. ``action[:, t]`` is the one taken *before* observation t.
 
         Args:
@@ -222,7 +223,7 @@ class RSSM(nn.Module):
             embed: (B, T, E). action: (B, T, A). is_first: (B, T) bool. noise: (B, T, S, K).
 
         Returns:
-            States (B, T, ...), posterior and prior log-probabilities (B, T, S, K).
+            States (B, T, ...) and posterior log-probabilities (B, T, S, K).
         """
         scan = self.start_scan(embed)
         if start is None:
@@ -231,13 +232,14 @@ class RSSM(nn.Module):
         deter, stoch, posterior = self.ops.rssm_observe(
             scan.weights, start.deter, start.stoch, action, scan.embedded, is_first, noise
         )
-        return State(deter, stoch), posterior, self.prior(deter)
+        return State(deter, stoch), posterior
 
     def imagine_step(self, state: State, action: Tensor, noise: Tensor) -> State:
         """One prior step under ``action`` (N, A) with ``noise`` (N, S, K)."""
         deter = self.cell(state.stoch.flatten(-2), action, state.deter)
         return State(deter, self.ops.sample(self.prior(deter), noise))
 
+    @torch.no_grad()
     def imagine(
         self, start: State, policy: PolicyWeights, noise: ImagineNoise
     ) -> tuple[Tensor, Latents, Tensor]:

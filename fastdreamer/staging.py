@@ -208,6 +208,81 @@ class Prefetcher:
             slot.host[name].copy_(tensor)
 
 
+class WriteBack:
+    """Latents on their way from an update into the replay, beside the next update.
+
+    `start` only enqueues a copy to pinned memory behind the work that computes them; `finish`
+    waits for it and writes. A batch that was gathered in between is put right by `amend`, on its
+    device: so batches hold what they would if each update were written at once.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._host: list[Batch] = [{}, {}]  # of the last two on a GPU, in turn
+        self._pending: deque[_Written] = deque()
+
+    def start(self, step_ids: torch.Tensor, values: Batch) -> None:
+        """Begin to write `values`, {column: (*step_ids.shape, *shape)}; at most one is unfinished.
+
+        Their memory may be taken by work behind the next `amend`, that of the ids at once.
+        """
+        assert len(self._pending) < 2, "finish first"
+        copied = None
+        if on_gpu := [v.device for v in values.values() if v.is_cuda]:
+            self._host.reverse()
+            host = self._host[0]
+            for name, value in values.items():
+                if name not in host:
+                    host[name] = torch.empty_like(value, device="cpu", pin_memory=True)
+                host[name].copy_(value, non_blocking=True)
+            copied = torch.cuda.current_stream(on_gpu[0]).record_event()
+        else:
+            host = {name: value.clone() for name, value in values.items()}
+        self._pending.append(_Written(step_ids.clone(), values, host, copied))
+
+    def finish(self, keep: int = 0) -> None:
+        """Write what was started, but for the last `keep`."""
+        while len(self._pending) > keep:
+            written = self._pending[0]
+            if written.copied is not None:
+                written.copied.synchronize()
+            for name, value in written.host.items():
+                self._replay.write(name, written.step_ids, value)
+            self._pending.popleft()
+
+    def amend(self, batch: Batch) -> None:
+        """Give the first step of each row, which is all that an update reads, its unwritten values.
+
+        In place. Of two values for one id the last counts, as in `Replay.write`.
+        """
+        assert len(self._pending) < 2, "gathered before the last but one was written"
+        for written in self._pending:
+            same = written.step_ids.flatten() == batch["step_id"][:, :1]  # (B, ids)
+            last = torch.where(same, torch.arange(same.shape[1]), -1).amax(1)
+            for name, value in written.values.items():
+                index = _moved(last, value.device)
+                found = (index >= 0).view(-1, *[1] * (value.ndim - 2))
+                new = value.flatten(0, 1)[index.clamp(min=0)]
+                batch[name][:, 0] = torch.where(found, new, batch[name][:, 0])
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Values of one update, where it left them and on the host."""
+
+    step_ids: torch.Tensor
+    values: Batch
+    host: Batch
+    copied: torch.cuda.Event | None
+
+
+def _moved(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for it."""
+    if device.type == "cuda":
+        index = index.pin_memory()
+    return index.to(device, non_blocking=True)
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that runs after what the current one may still do in recycled memory."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.agent import Agent
@@ -34,14 +33,15 @@ def columns(agent: Agent) -> dict[str, Column]:
 
 
 def latents(state: State) -> dict[str, Tensor]:
-    """The columns deter and stoch of states (..., D), (..., S, K), on the host."""
+    """The columns deter and stoch of states (..., D), (..., S, K), where those are."""
     stoch = state.stoch.detach().argmax(-1).to(torch.uint8)
-    return {"deter": state.deter.detach().cpu(), "stoch": stoch.cpu()}
+    return {"deter": state.deter.detach(), "stoch": stoch}
 
 
 def unpack(batch: Mapping[str, Tensor], agent: Agent) -> dict[str, Tensor]:
     """A gathered batch as the learner takes it: stored classes become one-hot."""
     batch = dict(batch)
     if agent.recipe.joint:
-        batch["stoch"] = F.one_hot(batch["stoch"].long(), agent.model.classes).to(agent.dtype)
+        classes = torch.arange(agent.model.classes, device=batch["stoch"].device)
+        batch["stoch"] = (batch["stoch"].unsqueeze(-1) == classes).to(agent.dtype)
     return batch

@@ -32,6 +32,7 @@ from fastdreamer.envs.check import preflight
 from fastdreamer.episodes import Episodes, Rows
 from fastdreamer.errors import UserError
 from fastdreamer.evaluation import compare_with_random
+from fastdreamer.execution import Act, Execution, Update
 from fastdreamer.host import first_signal, locked, set_up_process
 from fastdreamer.learner import Learner
 from fastdreamer.loading import (
@@ -46,8 +47,8 @@ from fastdreamer.logger import Logger
 from fastdreamer.plan import capacity, check, default_logdir, describe, total_updates, window
 from fastdreamer.recipe import RECIPES
 from fastdreamer.replay import Replay
-from fastdreamer.staging import Prefetcher
-from fastdreamer.stored import columns, latents, unpack
+from fastdreamer.staging import Prefetcher, WriteBack
+from fastdreamer.stored import columns, latents
 from fastdreamer.video import writing
 
 
@@ -78,6 +79,8 @@ class Trainer:
         check(config)
         self.config, self.factory, self.recipe = config, factory, RECIPES[config.recipe]
         self.device = choose_device(config.device)
+        choices = (config.precision, config.compile, config.graph)
+        self.execution = Execution.choose(*choices, self.device)
         set_up_process(config.threads, config.deterministic)
         self.logdir = config.logdir or default_logdir(config)
         with ExitStack() as stack:
@@ -102,6 +105,10 @@ class Trainer:
         self.agent = make_agent(config, self.envs, self.device)
         self.learner = Learner.make(self.agent, config.learner, learner)
         self.generator = torch.Generator(self.device).manual_seed(act)
+        self.update = Update(self.learner, self.execution)
+        self.act = Act(self.agent, self.generator, self.execution.graph)
+        self.resumed_precision = self.execution.precision
+        """What the updates before a checkpoint ran in."""
         self.episodes = Episodes.none(config.num_envs)
         self.scores: list[float] = []
         self.replay = Replay(
@@ -116,6 +123,7 @@ class Trainer:
         self.prefetcher = stack.enter_context(
             Prefetcher(self.replay, config.learner.batch_size, window(config), self.device)
         )
+        self.write_back = WriteBack(self.replay)
         self._metrics: dict[str, Tensor] = {}
         self._stall: dict[str, float] = {}
         self._since_log = (0, self.step, time.monotonic())
@@ -203,21 +211,15 @@ class Trainer:
 
     def _act(self, rows: Rows) -> tuple[Any, Rows]:
         """Environment actions, and what the replay stores of this step besides its row."""
-        count = self.config.num_envs
         if self.step < self.config.learner.prefill and not self.recipe.joint:
             action = self.action_space.sample()
             return action, {"action": self.agent.spec.encode(action)}
         obs = {k: torch.from_numpy(rows[k]).to(self.device) for k in self.agent.obs_space}
         first = torch.from_numpy(rows["is_first"]).to(self.device)
-        carry = self.episodes.carry
-        if carry is None:  # the policy takes over in the middle of episodes
-            carry = self.agent.initial_carry(count)
-            first = torch.ones_like(first)
-        noise = self.agent.act_noise(count, self.generator)
-        self.episodes.carry = carry = self.agent.act(obs, first, carry, noise)
+        self.episodes.carry = carry = self.act(obs, first, self.episodes.carry)
         stored = {"action": carry.action.cpu().numpy()}
         if self.recipe.joint:
-            stored |= {k: v.numpy() for k, v in latents(carry.state).items()}
+            stored |= {k: v.cpu().numpy() for k, v in latents(carry.state).items()}
         return self.agent.spec.decode(stored["action"]), stored
 
     def due(self) -> int:
@@ -228,24 +230,39 @@ class Trainer:
         """Run the updates that are due.
 
         In recipe 2023 the next batch is drawn before each update, so that it is assembled and
-        copied meanwhile; in 2025 after it, since the update rewrites latents in the replay.
+        copied meanwhile. In 2025 it is drawn when it is due, and holds the latents that the update
+        before rewrites: of several updates in a row, the next batch is assembled while one runs,
+        and what that one rewrites is amended.
         """
-        for _ in range(due):
-            if self._stop is not None:
+        joint = self.recipe.joint
+        for left in reversed(range(due)):
+            drawn = self.prefetcher.pending
+            if self._stop is not None and not (joint and drawn):  # it may have to be amended
                 break
-            if not self.prefetcher.pending:
+            if not drawn:
+                self.write_back.finish()
                 self.prefetcher.request()
             batch = self.prefetcher.get()
-            if not self.recipe.joint:
+            if joint:
+                self.write_back.amend(batch)
+            steps = batch.pop("step_id")
+            if not joint:
                 self.prefetcher.request()
-            metrics, states = self.learner.update(unpack(batch, self.agent))
-            if self.recipe.joint:
-                for name, value in latents(states).items():
-                    self.replay.write(name, batch["step_id"][:, 1:], value)
-            for name, value in metrics.items():
-                self._metrics[name] = self._metrics.get(name, 0) + value
+            metrics, rewritten = self.update(batch)
+            if joint:
+                self.write_back.start(steps[:, 1:], rewritten)
+                if left and self._stop is None:
+                    self.write_back.finish(keep=1)
+                    self.prefetcher.request()
+            self._add_up(metrics)
             if self.learner.updates % self.config.log.every == 0:
                 self._log()
+
+    def _add_up(self, metrics: Mapping[str, Tensor]) -> None:
+        if not self._metrics:  # a graph's results are overwritten by the next update
+            self._metrics = {k: v.clone() for k, v in metrics.items()}
+            return
+        torch._foreach_add_(list(self._metrics.values()), [metrics[k] for k in self._metrics])
 
     def _log(self) -> None:
         """Means of the losses since the last line, with one transfer from the device."""
@@ -320,10 +337,12 @@ class Trainer:
         """
         start = time.monotonic()
         self._sums()
+        self.write_back.finish()
         state = {
             "agent": self.agent.state_dict(),
             "learner": self.learner.state_dict(),
             "device": self.device.type,
+            "precision": self.execution.precision,
             "act_generator": self.generator.get_state(),
             "action_space": self.action_space.np_random.bit_generator.state,
             "prefetcher": self.prefetcher.state_dict(),
@@ -367,6 +386,7 @@ class Trainer:
                 f"{saved.path} is of a run on {state['device']}, not {self.device.type}, and its "
                 f"random numbers go on only there: give --device {state['device']}"
             )
+        self.resumed_precision = state.get("precision", "fp32")
         self.agent.load_state_dict(state["agent"])
         self.learner.load_state_dict(state["learner"])
         self.generator.set_state(state["act_generator"].cpu())
@@ -387,7 +407,8 @@ class Trainer:
         """Scores of the trained agent and of random actions, written to evaluation.json."""
         config, seed = self.config, self.config.seed + 1_000_000
         make = partial(make_envs, self.factory or config.task, config.num_envs, seed, config.env)
-        found = compare_with_random(self.agent, make, config.eval_episodes, seed)
+        graph = self.execution.graph
+        found = compare_with_random(self.agent, make, config.eval_episodes, seed, graph)
         result = {"step": self.step, **{k: vars(v) for k, v in found.items()}}
         with writing(self.logdir / "evaluation.json") as path:
             checkpoint.write_json(path, result)

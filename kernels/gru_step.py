@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import library
 from .library import Arguments
-from .register import register
+from .register import on_triton, register
 
 
 def gru_step(
@@ -29,7 +29,7 @@ def gru_step(
 
     Source: DreamerV2's cell as DreamerV3 v1 and sheeprl use it.
     """
-    gates = F.linear(torch.cat([h, x], -1), weight)
+    gates = F.linear(torch.cat([h, x], -1), weight).to(h.dtype)
     gates = F.layer_norm(gates, gates.shape[-1:], scale, shift, eps)
     reset, cand, update = gates.chunk(3, -1)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
@@ -75,19 +75,26 @@ def block_gru_step(
 
 def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     """G products side by side: (..., G, I), (G, I, O) -> (..., G, O)."""
-    return torch.einsum("...gi,gio->...go", x, weight)
+    return torch.einsum("...gi,gio->...go", x, weight).to(weight.dtype)
 
 
-def gru_step_cpp(
+WIDEST_GRU, WIDEST_BLOCK_GRU = 4096, 8192
+"""Deter of the widest cells that Triton's kernels hold in registers."""
+
+
+def compiled_gru_step(
     h: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-3
 ) -> Tensor:
-    """`gru_step` by the C++ library, in float32; other types are served by the reference."""
-    if h.dtype != torch.float32:
+    """`gru_step` by the operator: float32; Triton also takes bfloat16 beside a float32 norm.
+
+    Other types, and states that are too wide for Triton's kernels, are served by the reference.
+    """
+    if not _served(h, WIDEST_GRU):
         return gru_step(h, x, weight, scale, shift, eps)
     return _by_rows(torch.ops.fastdreamer.gru_step, h, x, weight, scale, shift, eps)
 
 
-def block_gru_step_cpp(
+def compiled_block_gru_step(
     h: Tensor,
     x: Tensor,
     hidden_weight: Tensor,
@@ -97,11 +104,20 @@ def block_gru_step_cpp(
     gate_bias: Tensor,
     eps: float = 1e-4,
 ) -> Tensor:
-    """`block_gru_step` by the C++ library, in float32; other types are served by the reference."""
+    """`block_gru_step` by the operator: float32; Triton also takes bfloat16 beside float32 vectors.
+
+    Other types, and states that are too wide for Triton's kernels, are served by the reference.
+    """
     weights = (hidden_weight, hidden_bias, scale, gate_weight, gate_bias)
-    if h.dtype != torch.float32:
+    if not _served(h, WIDEST_BLOCK_GRU):
         return block_gru_step(h, x, *weights, eps)
     return _by_rows(torch.ops.fastdreamer.block_gru_step, h, x, *weights, eps)
+
+
+def _served(h: Tensor, widest: int) -> bool:
+    if on_triton(h):
+        return h.dtype in (torch.float32, torch.bfloat16) and h.shape[-1] <= widest
+    return h.dtype == torch.float32
 
 
 def _by_rows(operator: Callable, h: Tensor, x: Tensor, *weights_and_eps: Any) -> Tensor:
@@ -173,7 +189,8 @@ def _check(h: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
     if shapes != expected:
         raise ValueError(f"{name}: weights must be {expected}, got {shapes}")
     tensors = (h, x, *weights)
-    if any(t.dtype != torch.float32 for t in tensors):
+    half = h.dtype == torch.bfloat16 and on_triton(h)  # the states and matrices
+    if any(t.dtype != (h.dtype if half and t.ndim > 1 else torch.float32) for t in tensors):
         dtypes = ", ".join(str(t.dtype) for t in tensors)
         raise TypeError(f"{name}: all must be torch.float32, got {dtypes}")
     if devices := {t.device for t in tensors} - {h.device}:
@@ -208,12 +225,12 @@ def _cpu(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
 
 def _fake_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of h, x, the hidden layer (blocks only), the gates; of the norm's parameters."""
-    kept = rest[5:-1] if len(rest) == 8 else rest[3:-1]
+    scale, kept = (rest[2], rest[5:-1]) if len(rest) == 8 else (rest[1], rest[3:-1])
     if dnext.shape != h.shape or dnext.dtype != h.dtype:
         shapes = f"{tuple(dnext.shape)} {dnext.dtype}, {tuple(h.shape)} {h.dtype}"
         raise ValueError(f"gru_step: dnext and h differ: {shapes}")
     norm = 2 * kept[0].shape[1]
-    return (*(t.new_empty(t.shape) for t in (h, x, *kept)), h.new_empty(norm))
+    return (*(t.new_empty(t.shape) for t in (h, x, *kept)), scale.new_empty(norm))
 
 
 def _cpu_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -258,7 +275,7 @@ def _block_backward(ctx: Any, dnext: Tensor, *_: Tensor | None) -> tuple[Tensor 
     h, x, hidden_weight, _hidden_bias, scale, _gate_weight, _gate_bias, hidden, _gates = saved
     operator = torch.ops.fastdreamer.block_gru_step_backward
     dh, dx, dhidden, dgates, dnorm = operator(dnext, *saved, ctx.eps)
-    z = F.silu(F.rms_norm(hidden, scale.shape, scale, ctx.eps))
+    z = torch.ops.fastdreamer.norm_act(hidden, scale, None, "rms", ctx.eps)
     blocks = hidden_weight.shape[0]
     dweight, dbias, *dlast = block_weight_gradients(h, x, z, dhidden, dgates, blocks)
     return dh, dx, dweight, dbias, dnorm.chunk(2)[0], *dlast, None
@@ -279,7 +296,8 @@ def block_weight_gradients(
     by_state = torch.bmm(by_block(h).mT, by_block(dhidden))
     by_input = (x.T @ dhidden).unflatten(1, (blocks, -1)).transpose(0, 1)
     dgate_weight = torch.bmm(by_block(z).mT, by_block(dgates))
-    return [torch.cat([by_state, by_input], 1), dhidden.sum(0), dgate_weight, dgates.sum(0)]
+    dbias, dgate_bias = (value.sum(0, dtype=torch.float32) for value in (dhidden, dgates))
+    return [torch.cat([by_state, by_input], 1), dbias, dgate_weight, dgate_bias]
 
 
 def _register(name: str, weights: str, kept: str, backward: Callable) -> None:

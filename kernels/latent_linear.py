@@ -25,7 +25,7 @@ class Latents(NamedTuple):
 
 
 FEWEST_CLASSES = 16
-"""With fewer, the product that the rows replace costs no more than they do."""
+"""With fewer, the product that the rows replace costs no more than they do on a CPU."""
 
 
 def latent_linear(
@@ -50,10 +50,13 @@ def latent_linear(
     return F.linear(feat, weight, bias)
 
 
-def latent_linear_cpp(
+def compiled_latent_linear(
     feat: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, start: int, classes: int
 ) -> Tensor:
-    """`latent_linear` in C++ for float32; other types and few classes are the reference's."""
+    """`latent_linear` by the operator for float32; other types and few classes by the reference.
+
+    Raises RuntimeError in C++ where a class is out of range; a GPU takes it for -1.
+    """
     if feat.dtype != torch.float32 or classes < FEWEST_CLASSES:
         return latent_linear(feat, index, weight, bias, start, classes)
     rows = feat.flatten(0, -2), index.flatten(0, -2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .register import register
+from .register import on_triton, register
 
 ARGUMENTS = "Tensor x, Tensor scale, Tensor? shift, str kind, float eps, bool silu"
 SCHEMA = f"({ARGUMENTS}=True) -> Tensor"
@@ -29,7 +29,7 @@ def norm_act(
 
     Args:
         x: (..., N), N > 0.
-        scale: (N,).
+        scale: (N,), of x's dtype or a wider one, in which it is computed.
         shift: (N,), or None for none; RMSNorm has none.
         kind: "layer" or "rms".
         eps: what is added to the variance.
@@ -43,14 +43,16 @@ def norm_act(
 
     Source: Ba et al. 2016 (LayerNorm), Zhang and Sennrich 2019 (RMSNorm), Elfwing et al. 2018
     (SiLU). This is the plain PyTorch form of ``torch.ops.fastdreamer.norm_act``, and takes any
-    floating dtype and device; the operator computes float32 in C++ and float64 in PyTorch.
+    floating dtype and device; the operator computes float32 in C++ or Triton and float64 in
+    PyTorch. Triton also takes x in bfloat16 beside a float32 scale and shift.
     """
     _check_shapes(x, scale, shift, kind)
+    wide = x.to(scale.dtype)
     if kind == "layer":
-        y = F.layer_norm(x, scale.shape, scale, shift, eps)
+        y = F.layer_norm(wide, scale.shape, scale, shift, eps)
     else:
-        y = F.rms_norm(x, scale.shape, scale, eps)
-    return F.silu(y) if silu else y
+        y = F.rms_norm(wide, scale.shape, scale, eps)
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def _check_shapes(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> None:
@@ -69,7 +71,9 @@ def _check_shapes(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> 
 def _check(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> None:
     _check_shapes(x, scale, shift, kind)
     tensors = [p for p in (x, scale, shift) if p is not None]
-    if x.dtype not in library.DTYPES or any(p.dtype != x.dtype for p in tensors):
+    half = x.dtype == torch.bfloat16 and on_triton(x)
+    dtype = torch.float32 if half else x.dtype
+    if dtype not in library.DTYPES or any(p.dtype != dtype for p in tensors[1:]):
         dtypes = ", ".join(str(p.dtype) for p in tensors)
         raise TypeError(f"norm_act: all float32 or all float64, got {dtypes}")
     if devices := {p.device for p in tensors} - {x.device}:
@@ -186,5 +190,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dscale, None if shift is None else dshift, None, None, None
 
 
-register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward))
+register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward), autocast=("cpu",))
 register("norm_act_backward", BACKWARD_SCHEMA, _cpu_backward, _fake_backward)

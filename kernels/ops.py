@@ -1,7 +1,10 @@
 """Chooses, once, the implementation that serves each operator.
 
 To add an operator: write its reference in ``kernels/<stem>.py``, give it a field in `Ops` and a
-row in `IMPLEMENTATIONS`; backends join the row as they are written.
+row in `IMPLEMENTATIONS`; backends join the row as they are written. Triton's kernels are in
+``kernels/<stem>_triton.py``, which registers them with `register.serve`, launches them by
+`launch.launch`, and has ``presets()``, the launches to compile ahead of time; the stem joins
+`TRITON_STEMS`.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import torch
 from torch import Tensor
 
 from . import library, optim, register, unimix
-from .gru_step import block_gru_step, block_gru_step_cpp, gru_step, gru_step_cpp
+from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_then_norm_act
+from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
 from .lambda_return import lambda_return
-from .latent_linear import latent_linear, latent_linear_cpp
+from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp, rssm_imagine_cuda
 from .rssm_observe import rssm_observe, rssm_observe_cpp, rssm_observe_cuda
@@ -35,13 +39,22 @@ FALLBACKS = {
 }
 BACKENDS = tuple(FALLBACKS)
 BEST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-TRITON_STEMS: tuple[str, ...] = ()
+TRITON_STEMS = (
+    "gru_step",
+    "lambda_return",
+    "latent_linear",
+    "norm_act",
+    "optim",
+    "twohot",
+    "unimix",
+)
 
 # operator -> backend -> implementation.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "lambda_return": {
         "reference": lambda_return,
         "cpp": torch.ops.fastdreamer.lambda_return.default,
+        "triton": torch.ops.fastdreamer.lambda_return.default,
     },
     "rssm_observe": {
         "reference": rssm_observe,
@@ -53,23 +66,70 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": rssm_imagine_cpp,
         "cuda": rssm_imagine_cuda,
     },
-    "latent_linear": {"reference": latent_linear, "cpp": latent_linear_cpp},
-    "norm_act": {"reference": norm_act, "cpp": torch.ops.fastdreamer.norm_act.default},
-    "gru_step": {"reference": gru_step, "cpp": gru_step_cpp},
-    "block_gru_step": {"reference": block_gru_step, "cpp": block_gru_step_cpp},
-    "unimix": {"reference": unimix.unimix, "cpp": torch.ops.fastdreamer.unimix.default},
-    "entropy": {"reference": unimix.entropy, "cpp": torch.ops.fastdreamer.entropy.default},
-    "kl": {"reference": unimix.kl, "cpp": torch.ops.fastdreamer.kl.default},
+    "latent_linear": {
+        "reference": latent_linear,
+        "cpp": compiled_latent_linear,
+        "triton": compiled_latent_linear,
+    },
+    "norm_act": {
+        "reference": norm_act,
+        "cpp": torch.ops.fastdreamer.norm_act.default,
+        "triton": torch.ops.fastdreamer.norm_act.default,
+    },
+    "gru_step": {
+        "reference": gru_step,
+        "cpp": compiled_gru_step,
+        "triton": compiled_gru_step,
+    },
+    "block_gru_step": {
+        "reference": block_gru_step,
+        "cpp": compiled_block_gru_step,
+        "triton": compiled_block_gru_step,
+    },
+    "unimix": {
+        "reference": unimix.unimix,
+        "cpp": torch.ops.fastdreamer.unimix.default,
+        "triton": torch.ops.fastdreamer.unimix.default,
+    },
+    "entropy": {
+        "reference": unimix.entropy,
+        "cpp": torch.ops.fastdreamer.entropy.default,
+        "triton": torch.ops.fastdreamer.entropy.default,
+    },
+    "kl": {
+        "reference": unimix.kl,
+        "cpp": torch.ops.fastdreamer.kl.default,
+        "triton": torch.ops.fastdreamer.kl.default,
+    },
+    "conv_norm_act": {
+        "reference": conv_norm_act,
+        "cpp": conv_norm_act_cpp,
+        "triton": conv_then_norm_act,
+    },
     "balanced_kl": {
         "reference": unimix.balanced_kl,
         "cpp": torch.ops.fastdreamer.balanced_kl.default,
+        "triton": torch.ops.fastdreamer.balanced_kl.default,
     },
-    "sample": {"reference": unimix.sample, "cpp": torch.ops.fastdreamer.sample.default},
-    "twohot_loss": {"reference": twohot_loss, "cpp": compiled_twohot_loss},
-    "twohot_mean": {"reference": twohot_mean, "cpp": torch.ops.fastdreamer.twohot_mean.default},
+    "sample": {
+        "reference": unimix.sample,
+        "cpp": torch.ops.fastdreamer.sample.default,
+        "triton": torch.ops.fastdreamer.sample.default,
+    },
+    "twohot_loss": {
+        "reference": twohot_loss,
+        "cpp": compiled_twohot_loss,
+        "triton": compiled_twohot_loss,
+    },
+    "twohot_mean": {
+        "reference": twohot_mean,
+        "cpp": torch.ops.fastdreamer.twohot_mean.default,
+        "triton": torch.ops.fastdreamer.twohot_mean.default,
+    },
     "agc_laprop": {
         "reference": optim.agc_laprop,
-        "cpp": torch.ops.fastdreamer.agc_laprop.default,
+        "cpp": optim.compiled_agc_laprop,
+        "triton": optim.compiled_agc_laprop,
     },
 }
 
@@ -92,6 +152,8 @@ class Ops:
     """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
+    conv_norm_act: Callable[..., Tensor]
+    """Convolution, norm and SiLU; see `fastdreamer.kernels.conv_norm_act`."""
     gru_step: Callable[..., Tensor]
     """LayerNorm-GRU step; see `fastdreamer.kernels.gru_step`."""
     block_gru_step: Callable[..., Tensor]

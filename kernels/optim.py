@@ -1,9 +1,9 @@
 """One optimiser step over all parameters at once: LaProp with adaptive gradient clipping.
 
 `agc_laprop` is the plain PyTorch form of ``torch.ops.fastdreamer.agc_laprop``, and takes any
-floating dtype and device. The operator takes CPU tensors of one dtype, float32 or float64:
-contiguous float32 ones are changed by the compiled library, others by the plain form. Lists of
-different lengths or shapes raise ValueError, other dtypes TypeError.
+floating dtype and device. The operator takes tensors of one dtype, float32 or float64: contiguous
+float32 ones are changed by the compiled library or Triton's kernels, others by the plain form.
+Lists of different lengths or shapes raise ValueError, other dtypes TypeError.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from . import library
 from .register import register
 
 AGC_LAPROP_SCHEMA = (
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] nu, Tensor(c!)[] mu, int step, float lr, "
-    "float clip, float beta1=0.9, float beta2=0.999, float eps=1e-20) -> Tensor"
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] nu, Tensor(c!)[] mu, Tensor step, "
+    "Tensor lr, float clip, float beta1=0.9, float beta2=0.999, float eps=1e-20) -> Tensor"
 )
 LISTS = (ctypes.c_void_p,)
 SIZES = (ctypes.c_void_p, ctypes.c_int64)  # sizes, count
@@ -45,8 +45,8 @@ def laprop(
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-20,
 ) -> None:
@@ -54,15 +54,23 @@ def laprop(
 
     Args:
         params, grads, nu, mu: tensors of the same shapes; nu and mu start at zero.
-        step: number of this step, from 1. lr: its learning rate.
+        step: number of this step, from 1. lr: its learning rate. Either may be a scalar tensor on
+            the parameters' device, which is read there: a captured step goes on counting.
 
     Source: LaProp (arXiv 2002.04839), eps outside the root.
     """
+    if isinstance(step, Tensor):
+        step = step.double()  # in float32 the first corrections would round to 1e-5
+    correction, rate = 1 - betas[1] ** step, -lr / (1 - betas[0] ** step)
+    if isinstance(correction, Tensor):
+        correction = correction.to(params[0].dtype)
+    if isinstance(rate, Tensor):
+        rate = rate.to(params[0].dtype)
     torch._foreach_lerp_(nu, list(torch._foreach_mul(grads, grads)), 1 - betas[1])
-    denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, 1 - betas[1] ** step))))
+    denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, correction))))
     torch._foreach_add_(denominator, eps)
     torch._foreach_lerp_(mu, list(torch._foreach_div(grads, denominator)), 1 - betas[0])
-    torch._foreach_add_(params, mu, alpha=-lr / (1 - betas[0] ** step))
+    torch._foreach_add_(params, list(torch._foreach_mul(mu, rate)))
 
 
 @torch.no_grad()
@@ -71,8 +79,8 @@ def agc_laprop(
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     clip: float,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -88,7 +96,32 @@ def agc_laprop(
     return torch.stack(torch._foreach_norm(grads)).norm()
 
 
-def _check(*lists: list[Tensor]) -> None:
+def compiled_agc_laprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    nu: list[Tensor],
+    mu: list[Tensor],
+    step: int | Tensor,
+    lr: float | Tensor,
+    clip: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-20,
+) -> Tensor:
+    """`agc_laprop` by the operator; a GPU does not wait for the host, nor the host for it."""
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(f"agc_laprop: steps count from 1, got {step}")
+    scalars = (
+        x
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=torch.float64, device=params[0].device)
+        for x in (step, lr)
+    )
+    lists = (params, grads, nu, mu)
+    return torch.ops.fastdreamer.agc_laprop(*lists, *scalars, clip, beta1, beta2, eps)
+
+
+def _check(step: Tensor, lr: Tensor, *lists: list[Tensor]) -> None:
     if len({len(tensors) for tensors in lists}) > 1:
         lengths = ", ".join(str(len(tensors)) for tensors in lists)
         raise ValueError(f"agc_laprop: lists of one length, got {lengths}")
@@ -101,12 +134,13 @@ def _check(*lists: list[Tensor]) -> None:
         if x.dtype != tensors[0].dtype or x.dtype not in library.DTYPES:
             dtypes = f"{tensors[0].dtype} and {x.dtype}"
             raise TypeError(f"agc_laprop: all float32 or all float64, got {dtypes}")
+    for x in (*tensors, step, lr):
         if x.device != tensors[0].device:
             raise ValueError(f"agc_laprop: inputs on {tensors[0].device} and {x.device}")
 
 
 def _compiled(*changed: list[Tensor]) -> bool:
-    """The library can change these in place."""
+    """The library and the kernels can change these in place."""
     return all(
         x.dtype == torch.float32 and x.is_contiguous() for tensors in changed for x in tensors
     )
@@ -120,38 +154,36 @@ def _sizes(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
 
 
-def _agc_laprop_fake(
+def _fake(
     params: list[Tensor],
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: Tensor,
+    lr: Tensor,
     clip: float,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-20,
 ) -> Tensor:
-    _check(params, grads, nu, mu)
-    if step < 1:
-        raise ValueError(f"agc_laprop: steps count from 1, got {step}")
+    _check(step, lr, params, grads, nu, mu)
     return params[0].new_empty(())
 
 
-def _agc_laprop_cpu(
+def _cpu(
     params: list[Tensor],
     grads: list[Tensor],
     nu: list[Tensor],
     mu: list[Tensor],
-    step: int,
-    lr: float,
+    step: Tensor,
+    lr: Tensor,
     clip: float,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-20,
 ) -> Tensor:
-    grad_norm = _agc_laprop_fake(params, grads, nu, mu, step, lr, clip)
-    scalars = (step, lr, clip, beta1, beta2, eps)
+    grad_norm = _fake(params, grads, nu, mu, step, lr, clip)
+    scalars = (int(step.item()), lr.item(), clip, beta1, beta2, eps)
     if not _compiled(params, nu, mu):
         return agc_laprop(params, grads, nu, mu, *scalars)
     grads = [x.contiguous() for x in grads]
@@ -168,4 +200,4 @@ def _agc_laprop_cpu(
     return grad_norm.fill_(norm.value)
 
 
-register("agc_laprop", AGC_LAPROP_SCHEMA, _agc_laprop_cpu, _agc_laprop_fake)
+register("agc_laprop", AGC_LAPROP_SCHEMA, _cpu, _fake)

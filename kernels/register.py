@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter, on the CPU."""
@@ -21,6 +22,7 @@ def register(
     fake: Callable,
     autograd: tuple[Callable, Callable] | None = None,
     cuda: Callable | None = None,
+    autocast: tuple[str, ...] = ("cpu", "cuda"),
 ) -> None:
     """Define ``torch.ops.fastdreamer.<name>``.
 
@@ -31,6 +33,7 @@ def register(
             backward pass, or has none: differentiating it raises RuntimeError. One that changes
             its arguments (``!`` in the schema) takes tensors without gradient.
         cuda: computes it on a GPU by the CUDA library, if that has the operator.
+        autocast: where, within ``torch.autocast``, its inputs are converted to float32.
     """
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _OPERATORS.impl(name, cpu, "CPU")
@@ -48,13 +51,30 @@ def register(
 
     setup, backward = autograd or (None, refuse)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
+    for device in autocast:
+        torch.library.register_autocast(qualified, device, torch.float32, lib=_OPERATORS)
 
 
-def serve(name: str, function: Callable) -> None:
+def serve(name: str, function: Callable, otherwise: Callable | None = None) -> None:
     """Let ``function``, which launches Triton's kernels, compute the operator on a GPU.
 
     In Triton's interpreter it also computes it on the CPU, in the place of the C++ library.
+
+    Args:
+        otherwise: computes it, in plain PyTorch, where the first tensor is not float32; None
+            where ``function`` takes every dtype.
     """
-    _OPERATORS.impl(name, function, "CUDA")
+
+    def implementation(*arguments: Any) -> Any:
+        if otherwise is None or arguments[0].dtype == torch.float32:
+            return function(*arguments)
+        return otherwise(*arguments)
+
+    _OPERATORS.impl(name, implementation, "CUDA")
     if INTERPRETED:
-        _OPERATORS.impl(name, function, "CPU", allow_override=True)
+        _OPERATORS.impl(name, implementation, "CPU", allow_override=True)
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels serve the operators for this tensor, where they serve any."""
+    return x.device.type == "cuda" or INTERPRETED

@@ -111,11 +111,13 @@ def rssm_observe_cpp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rssm_observe` by the C++ library, in float32.
 
-    Other types, and cells of more than 64 blocks, are served by the reference.
+    Other types, cells of more than 64 blocks, and a single step, which packing the weights would
+    take longer than, are served by the reference.
     """
-    if embedded.dtype != torch.float32 or weights.blocks > MAX_BLOCKS:
-        return rssm_observe(weights, start_deter, start_stoch, action, embedded, is_first, noise)
     scan = (start_deter, start_stoch, action, embedded, is_first, noise)
+    served = embedded.dtype == torch.float32 and weights.blocks <= MAX_BLOCKS
+    if not served or embedded.shape[1] == 1:
+        return rssm_observe(weights, *scan)
     return _operator(weights, *scan, torch.float32)
 
 

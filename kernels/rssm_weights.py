@@ -35,7 +35,8 @@ class Layer(NamedTuple):
         return self.activate(F.linear(x, self.weight, self.bias), eps)
 
     def activate(self, x: Tensor, eps: float) -> Tensor:
-        """What follows the product."""
+        """What follows the product, in the type of the weights."""
+        x = x.to(self.weight.dtype)
         if self.scale is None:
             return x
         if self.shift is None:

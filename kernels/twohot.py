@@ -75,7 +75,7 @@ def twohot_loss(logits: Tensor, target: Tensor, layout: str = "symlog") -> Tenso
 
     Source: DreamerV3, "Critic Learning", eq. 8-9. This is the plain PyTorch form of
     ``torch.ops.fastdreamer.twohot_loss``, and takes any floating dtype and device; the operator
-    computes float32 in C++ and float64 in PyTorch.
+    computes float32 in C++ or Triton, and float64 in PyTorch.
     """
     _check_shapes(logits, target)
     below, above, weight = _place(logits, target, layout)
@@ -128,7 +128,8 @@ def twohot_mean(logits: Tensor, layout: str = "symlog") -> Tensor:
         ValueError: an unknown layout or an even K.
 
     This is the plain PyTorch form of ``torch.ops.fastdreamer.twohot_mean``, and takes any
-    floating dtype and device; the operator computes float32 in C++ and float64 in PyTorch.
+    floating dtype and device; the operator computes float32 in C++ or Triton, and float64 in
+    PyTorch.
     """
     p = F.softmax(logits, -1)
     half = logits.shape[-1] // 2

@@ -3,9 +3,10 @@
 Legend: K classes; all other axes are batch axes, N rows in all. "Log-probabilities" are normalised.
 
 The functions without an underscore are the plain PyTorch form of the operators of the same names
-under ``torch.ops.fastdreamer``, and take any floating dtype and device. The operators take CPU
-tensors, all float32 or all float64, of equal shapes; float32 is computed by the compiled library,
-float64 by the plain form. They raise ValueError for wrong shapes and TypeError for other dtypes.
+under ``torch.ops.fastdreamer``, and take any floating dtype and device. The operators take tensors
+of equal shapes, all float32 or all float64; float32 is computed by the C++ library on a CPU and by
+Triton's kernels on a GPU, float64 by the plain form. They raise ValueError for wrong shapes and
+TypeError for other dtypes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from fastdreamer.kernels import library
 from fastdreamer.kernels.register import INTERPRETED
 
 # FASTDREAMER_REQUIRE names what must be there, so that a test of it fails instead of skipping.
-REQUIRED_BY = {"cpp": "cpu"}
+REQUIRED_BY = {"cpp": "cpu", "triton": "triton"}
 EMPTY_FACTORIES = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -33,31 +33,66 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=kernels.BACKENDS,
         help="backend to test (repeatable; default: all that run on a CPU)",
     )
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where operators are tested"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test with an argument `backend` once per backend."""
-    if "backend" in metafunc.fixturenames:
-        here = ("reference", "triton" if INTERPRETED else "cpp")
-        backends = metafunc.config.getoption("--backend") or here
+    """Runs a test with an argument `backend` once per backend.
+
+    One with `compiled` runs once per backend but the reference, and one with `compiled` and `isa`
+    once per instruction set of the C++ library too.
+    """
+    names = metafunc.fixturenames
+    here = ("reference", "triton" if INTERPRETED else "cpp")
+    backends = metafunc.config.getoption("--backend") or here
+    compiled = [backend for backend in backends if backend != "reference"]
+    if "backend" in names:
         metafunc.parametrize("backend", backends)
+    if "compiled" in names and "isa" in names:
+        each = [(b, isa) for b in compiled for isa in (library.ISAS if b == "cpp" else (None,))]
+        metafunc.parametrize(("compiled", "isa"), each, indirect=True)
+    elif "compiled" in names:
+        metafunc.parametrize("compiled", compiled, indirect=True)
+    elif "isa" in names:
+        metafunc.parametrize("isa", library.ISAS, indirect=True)
 
 
 @pytest.fixture
-def ops(backend: str) -> kernels.Ops:
-    """The operators of each backend on the CPU."""
-    return _resolve_or_skip(backend)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where operators are tested."""
+    return request.config.getoption("--device")
 
 
 @pytest.fixture
-def cpp() -> kernels.Ops:
+def ops(backend: str, device: str) -> kernels.Ops:
+    """The operators of each backend."""
+    return _resolve_or_skip(backend, device)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, device: str) -> kernels.Ops:
+    """The operators of each backend but the reference."""
+    return _resolve_or_skip(request.param, device)
+
+
+@pytest.fixture
+def cpp(device: str) -> kernels.Ops:
     """The operators of the compiled CPU library."""
-    return _resolve_or_skip("cpp")
+    return _resolve_or_skip("cpp", device)
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest, cpp: kernels.Ops) -> Iterator[str]:
-    """Each instruction set in turn, as the one that the compiled library uses."""
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, device: str) -> Iterator[str | None]:
+    """Each instruction set in turn, as the one that the compiled library uses.
+
+    None for a compiled backend that is not this library.
+    """
+    if request.param is None:
+        yield None
+        return
+    _resolve_or_skip("cpp", device)
     before = library.isa()
     try:
         library.set_isa(request.param)
@@ -75,11 +110,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def _resolve_or_skip(backend: str) -> kernels.Ops:
+def _resolve_or_skip(backend: str, device: str) -> kernels.Ops:
     try:
-        return kernels.resolve(backend)
+        return kernels.resolve(backend, device)
     except RuntimeError as error:
-        if REQUIRED_BY.get(backend) in required():
+        here = device == "cpu" and not (backend == "cpp" and INTERPRETED)
+        if REQUIRED_BY.get(backend) in required() and here:
             pytest.fail(f"FASTDREAMER_REQUIRE asks for it: {error}")
         pytest.skip(str(error))
 
@@ -94,6 +130,8 @@ def required() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     required()
+    with torch.device("cpu"):  # PyTorch notes the factories that take a default device: unpoisoned
+        torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +140,18 @@ def poisoned_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.node.get_closest_marker("operators"):
         for owner, name in EMPTY_FACTORIES:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Puts the new tensors of operator tests on the device of ``--device``."""
+    device = request.config.getoption("--device")
+    if device == "cpu" or not request.node.get_closest_marker("operators"):
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 def _poisoned(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_2023 import Golden2023
-from golden_common import TOLERANCES, Tolerance, close, leaf
+from golden_common import TOLERANCES, Arrays, Tolerance, close, leaf
 from gymnasium.spaces import Box, Discrete
 
 from fastdreamer.agent import ActNoise, Agent
@@ -130,10 +130,10 @@ class TestFunctions2023(Case2023):
         key = encoder.images[0]
         image = golden.observation(f["encoder/rgb_uint8"])
         close(encoder({key: image}), f["encoder/embed"], tol.forward, "embedding")
-        x = image[0].permute(0, 3, 1, 2).to(golden.dtype) / 255 - 0.5
+        x = image[0].to(golden.dtype) / 255 - 0.5
         for i, stage in enumerate(encoder.cnn):
             x = stage(x)
-            close(x, f[f"encoder/stage{i}"], tol.forward, f"stage {i}")
+            close(x.movedim(-1, -3), f[f"encoder/stage{i}"], tol.forward, f"stage {i}")
 
     def test_decoder(self, golden, tol):
         f, decoder = golden.functions, golden.agent().world_model.decoder
@@ -332,7 +332,8 @@ class TestTrainStep2023(Case2023):
         close(embed, t["step1/wm/embedded_obs"].transpose(0, 1), tol.forward, "embedding")
         previous = torch.nn.functional.pad(batch["action"][:, :-1], (0, 0, 1, 0))
         noise = golden.no_noise().post
-        states, post, prior = model.rssm.observe(None, embed, previous, first, noise)
+        states, post = model.rssm.observe(None, embed, previous, first, noise)
+        prior = model.rssm.prior(states.deter)
         feat = model.rssm.features(states)
         for ours, theirs in (
             (post, "posterior_logits"),
@@ -436,7 +437,7 @@ class TestTrainStep2023(Case2023):
             pytest.skip("the set has no such variant")
         golden = Golden2023(folder_2023, torch.float32, ops)
         tol, learner = TOLERANCES[torch.float32], golden.learner()
-        arrays = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+        arrays = Arrays(path, torch.float32)
         agent, names = learner.agent, golden.names(learner.agent)
         for name, parameter in agent.target_critic.named_parameters():
             theirs = names[f"target_critic.{name}"].replace("target_critic", "target_critic_used")
@@ -476,7 +477,7 @@ def test_initialisation_2023(folder_2023, ops):
     agent = Agent(golden.obs_space, space, golden.model(), golden.recipe, ops)
     names = golden.names(agent)
     for name, parameter in golden.trained(agent).items():
-        ours, theirs = parameter.detach().numpy(), pristine[names[name]]
+        ours, theirs = parameter.detach().cpu().numpy(), pristine[names[name]]
         if theirs.std() == 0:
             assert (ours == theirs).all(), name
         elif ours.size >= 64:

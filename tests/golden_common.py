@@ -40,13 +40,13 @@ def leaf(value: Tensor) -> Tensor:
 
 
 class Arrays:
-    """One npz file; arrays come as tensors, floating ones in the dtype of the test."""
+    """One npz file; arrays come as tensors on the default device, floating ones in ``dtype``."""
 
     def __init__(self, path: Path, dtype: torch.dtype):
         self.npz, self.dtype = np.load(path), dtype
 
     def __getitem__(self, key: str) -> Tensor:
-        value = torch.from_numpy(self.npz[key])
+        value = torch.from_numpy(self.npz[key]).to(torch.get_default_device())
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def __contains__(self, key: str) -> bool:

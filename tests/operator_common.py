@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
+
+
+def drawn(draw: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Let a function draw its tensors on the CPU, the same for every device, and move them."""
+
+    @wraps(draw)
+    def moved(*args: object, **kwargs: object) -> list[Tensor]:
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            tensors = draw(*args, **kwargs)
+        return [x.detach().to(device).requires_grad_(x.requires_grad) for x in tensors]
+
+    return moved
+
+
+@drawn
+def normal(*like: Tensor) -> list[Tensor]:
+    """Standard normal tensors of the shapes and dtypes of these."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in like]
 
 
 def gradients(
@@ -13,7 +34,6 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs that have one, for a random gradient of the output."""
     ret = operator(*inputs, *options)
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(ret.shape, generator=generator, dtype=torch.float64).to(ret.dtype)
+    (weight,) = normal(ret)
     wanted = [x for x in inputs if x.requires_grad]
     return torch.autograd.grad((ret * weight).sum(), wanted)

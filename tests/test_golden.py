@@ -1,13 +1,15 @@
 """Our functions and train steps against numbers of the original implementations.
 
-``--golden DIR`` takes any directory of either format; ``--backend`` chooses the kernels. In
-float64 forward values must agree to 1e-9 and gradients to 1e-7 of the largest entry; in float32
-to what the originals' own rounding leaves (see tests/golden/README.md).
+``--golden DIR`` takes any directory of either format, ``--backend`` chooses the kernels and
+``--device`` where they run. In float64 forward values must agree to 1e-9 and gradients to 1e-7 of
+the largest entry; in float32 to what the originals' own rounding leaves (see
+tests/golden/README.md).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def check_served(ops: Ops, backend: str) -> None:
     for name, row in IMPLEMENTATIONS.items():
         if backend in row:
             assert ops.served_by[name] == backend, f"{name} fell back to {ops.served_by[name]}"
+
+
+@pytest.fixture(autouse=True)
+def _on_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=DTYPES)

@@ -1,4 +1,4 @@
-"""One step of either recurrent cell against its reference: cell x shape x instruction set.
+"""One step of either recurrent cell against its reference: cell x shape x backend.
 
 Legend: B rows, D deter, U width of the input, G blocks.
 """
@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operator_common import gradients
+from operator_common import drawn, gradients
 from torch import Tensor
 
+from fastdreamer.kernels import gru_step as gru_step_module
 from fastdreamer.kernels import library
 from fastdreamer.kernels.gru_step import (
     BWD_SIGNATURE,
@@ -36,6 +37,8 @@ SHAPES = [
     (63, 41, 17, 1),
     (241, 16, 5, 2),
 ]
+# Relative, of a whole gradient: every product and its inputs are rounded to 8 bits.
+BFLOAT16_ERROR = 0.02
 EPS = 1e-3
 REFERENCES = {"gru_step": gru_step, "block_gru_step": block_gru_step}
 
@@ -43,6 +46,7 @@ names = pytest.mark.parametrize("name", REFERENCES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
+@drawn
 def make_inputs(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
@@ -62,9 +66,9 @@ def doubled(inputs: list[Tensor]) -> list[Tensor]:
 
 @names
 @shapes
-def test_values_and_gradients(cpp, isa, name, shape):
+def test_values_and_gradients(compiled, isa, name, shape):
     inputs = make_inputs(name, shape)
-    operator, reference, exact = getattr(cpp, name), REFERENCES[name], doubled(inputs)
+    operator, reference, exact = getattr(compiled, name), REFERENCES[name], doubled(inputs)
     torch.testing.assert_close(operator(*inputs, EPS), reference(*exact, EPS).float(), **TOLERANCE)
     actual, expected = gradients(operator, inputs, EPS), gradients(reference, exact, EPS)
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
@@ -81,60 +85,87 @@ def test_gradcheck(ops, name):
 
 
 @names
-def test_float64_is_the_reference(cpp, name):
+def test_float64_is_the_reference(compiled, name):
     inputs = make_inputs(name, SHAPES[3], torch.float64)
-    assert torch.equal(getattr(cpp, name)(*inputs), REFERENCES[name](*inputs))
+    assert torch.equal(getattr(compiled, name)(*inputs), REFERENCES[name](*inputs))
 
 
 @names
-def test_leading_dimensions(cpp, name):
+def test_leading_dimensions(compiled, name):
     h, x, *weights = make_inputs(name, (12, *SHAPES[1][1:]))
-    flat = getattr(cpp, name)(h, x, *weights)
-    cube = getattr(cpp, name)(h.unflatten(0, (3, 4)), x.unflatten(0, (3, 4)), *weights)
+    flat = getattr(compiled, name)(h, x, *weights)
+    cube = getattr(compiled, name)(h.unflatten(0, (3, 4)), x.unflatten(0, (3, 4)), *weights)
     assert torch.equal(cube, flat.unflatten(0, (3, 4)))
-    one = getattr(cpp, name)(h[0], x[0], *weights)
+    one = getattr(compiled, name)(h[0], x[0], *weights)
     torch.testing.assert_close(one, flat[0], **TOLERANCE)
     with pytest.raises(ValueError, match="differ in rows"):
-        getattr(cpp, name)(h.unflatten(0, (3, 4)), x.unflatten(0, (4, 3)), *weights)
+        getattr(compiled, name)(h.unflatten(0, (3, 4)), x.unflatten(0, (4, 3)), *weights)
 
 
 @names
-def test_strided_inputs(cpp, name):
+def test_strided_inputs(compiled, name):
     inputs = make_inputs(name, SHAPES[4])
     views = [x.detach().mT.contiguous().mT if x.ndim > 1 else x.detach() for x in inputs]
     views = [x.requires_grad_() for x in views]
     assert not views[0].is_contiguous()
-    assert torch.equal(getattr(cpp, name)(*views), getattr(cpp, name)(*inputs))
-    results = (gradients(getattr(cpp, name), x) for x in (views, inputs))
+    assert torch.equal(getattr(compiled, name)(*views), getattr(compiled, name)(*inputs))
+    results = (gradients(getattr(compiled, name), x) for x in (views, inputs))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @names
-def test_threads_do_not_change_a_bit(cpp, threads, name):
+def test_repeats_with_any_number_of_threads(compiled, threads, name):
     inputs = make_inputs(name, SHAPES[-1])
     results = []
     for count in (1, 2, 2):
         threads(count)
-        results.append(getattr(cpp, name)(*inputs))
+        results.append(getattr(compiled, name)(*inputs))
     assert all(torch.equal(x, results[0]) for x in results)
     threads(2)
-    repeated = [gradients(getattr(cpp, name), inputs) for _ in range(2)]
+    repeated = [gradients(getattr(compiled, name), inputs) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*repeated, strict=True))
 
 
 @names
-def test_nan_stays_in_its_row(cpp, isa, name):
+def test_bfloat16(compiled, name):
+    """States and matrices in bfloat16, the norm in float32; a CPU leaves it to the reference."""
+    inputs = make_inputs(name, SHAPES[4])
+    if compiled.backend == "cpp":
+        half = [x.detach().bfloat16() for x in inputs]
+        assert torch.equal(getattr(compiled, name)(*half), REFERENCES[name](*half))
+        return
+    half = [x.detach().bfloat16() if x.ndim > 1 else x.detach() for x in inputs]
+    half = [x.requires_grad_() for x in half]
+    actual, exact = gradients(getattr(compiled, name), half, EPS), doubled(half)
+    for x, y, like in zip(actual, gradients(REFERENCES[name], exact, EPS), half, strict=True):
+        assert x.dtype == like.dtype
+        assert float((x - y).norm() / y.norm()) < BFLOAT16_ERROR
+
+
+@names
+def test_wide_states_are_the_references(compiled, monkeypatch, name):
+    """Those that Triton's kernels do not hold in registers."""
+    if compiled.backend == "cpp":
+        pytest.skip("the C++ library takes any width")
+    for limit in ("WIDEST_GRU", "WIDEST_BLOCK_GRU"):
+        monkeypatch.setattr(gru_step_module, limit, 8)
+    inputs = make_inputs(name, SHAPES[4])
+    assert torch.equal(getattr(compiled, name)(*inputs, EPS), REFERENCES[name](*inputs, EPS))
+
+
+@names
+def test_nan_stays_in_its_row(compiled, isa, name):
     h, x, *weights = (t.detach() for t in make_inputs(name, SHAPES[3]))
-    clean = getattr(cpp, name)(h, x, *weights)
+    clean = getattr(compiled, name)(h, x, *weights)
     x[4, 0] = float("nan")
-    spoilt = getattr(cpp, name)(h, x, *weights)
+    spoilt = getattr(compiled, name)(h, x, *weights)
     assert spoilt[4].isnan().all()
     others = torch.arange(len(x)) != 4
     assert torch.equal(spoilt[others], clean[others])
 
 
 @names
-def test_opcheck(cpp, name):
+def test_opcheck(compiled, name):
     inputs = make_inputs(name, SHAPES[1])
     operator = getattr(torch.ops.fastdreamer, name)
     torch.library.opcheck(operator.default, (*inputs, EPS))
@@ -146,32 +177,32 @@ def test_opcheck(cpp, name):
 
 
 @names
-def test_compiles_to_one_graph(cpp, name):
+def test_compiles_to_one_graph(compiled, name):
     def run(*inputs: Tensor) -> Tensor:
-        return 2 * getattr(cpp, name)(*inputs)
+        return 2 * getattr(compiled, name)(*inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    traced = torch.compile(run, fullgraph=True, backend="aot_eager")
     inputs = make_inputs(name, SHAPES[1])
-    assert torch.equal(compiled(*inputs), run(*inputs))
-    for x, y in zip(gradients(compiled, inputs), gradients(run, inputs), strict=True):
+    assert torch.equal(traced(*inputs), run(*inputs))
+    for x, y in zip(gradients(traced, inputs), gradients(run, inputs), strict=True):
         assert torch.equal(x, y)
 
 
 @names
-def test_refuses_wrong_inputs(cpp, name):
+def test_refuses_wrong_inputs(compiled, name):
     inputs = [x.detach() for x in make_inputs(name, SHAPES[3])]
     for i in range(len(inputs)):
         wrong = [*inputs[:i], inputs[i][..., :-1], *inputs[i + 1 :]]
         with pytest.raises(ValueError, match=f"^{name}: "):
-            getattr(cpp, name)(*wrong)
+            getattr(compiled, name)(*wrong)
     with pytest.raises(ValueError, match="h must be"):
-        getattr(cpp, name)(inputs[0][:5], *inputs[1:])
+        getattr(compiled, name)(inputs[0][:5], *inputs[1:])
     for wrong in (torch.float64, torch.bfloat16):
         with pytest.raises(TypeError, match=f"{name}: all must be"):
-            getattr(cpp, name)(inputs[0], inputs[1].to(wrong), *inputs[2:])
+            getattr(compiled, name)(inputs[0], inputs[1].to(wrong), *inputs[2:])
     with pytest.raises(ValueError, match="inputs on"):
-        getattr(cpp, name)(inputs[0], inputs[1].to("meta"), *inputs[2:])
+        getattr(compiled, name)(inputs[0], inputs[1].to("meta"), *inputs[2:])
 
 
 class TestCInterface:

@@ -1,4 +1,4 @@
-"""The optimiser step against its reference: instruction set x tensors of odd sizes."""
+"""The optimiser step against its reference: backend x tensors of odd sizes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ctypes
 
 import pytest
 import torch
+from operator_common import drawn
 from torch import Tensor
 
 from fastdreamer.kernels import library, optim
 
 pytestmark = pytest.mark.operators
 
-# The reference adds norms in float32, the library in double; a step rounds some ten times.
+# Norms are added in float32, by the library in double; a step rounds some ten times.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-7},
     torch.float64: {"rtol": 1e-12, "atol": 1e-15},
@@ -23,13 +24,21 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 def inputs_of(dtype: torch.dtype = torch.float32) -> Lists:
     """Parameters, gradients of which every second is clipped, and moments from earlier steps."""
+    tensors = draw(dtype)
+    count = len(SHAPES)
+    params, grads, nu, mu = (tensors[i : i + count] for i in range(0, 4 * count, count))
+    return params, grads, nu, mu
+
+
+@drawn
+def draw(dtype: torch.dtype) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     lists = [[torch.randn(shape, generator=g, dtype=dtype) for shape in SHAPES] for _ in range(4)]
     params, grads, nu, mu = lists
     params[-1].zero_()
     for grad in grads[::2]:
         grad.mul_(0.01)
-    return params, grads, [x.square() for x in nu], mu
+    return [*params, *grads, *(x.square() for x in nu), *mu]
 
 
 def steps(operator, lists: Lists, count: int = 3) -> list[Tensor]:
@@ -41,9 +50,9 @@ def steps(operator, lists: Lists, count: int = 3) -> list[Tensor]:
 
 
 @pytest.fixture
-def operator(cpp):
-    assert cpp.served_by["agc_laprop"] == "cpp"
-    return cpp.agc_laprop
+def operator(compiled):
+    assert compiled.served_by["agc_laprop"] == compiled.backend
+    return compiled.agc_laprop
 
 
 def test_equals_the_reference(operator, isa):
@@ -51,6 +60,69 @@ def test_equals_the_reference(operator, isa):
     torch.testing.assert_close(
         steps(operator, lists), steps(optim.agc_laprop, lists), **TOLERANCE[torch.float32]
     )
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_the_reference_takes_steps_and_rates_as_tensors(dtype):
+    """As a captured step does, whose count is on the device. 1 - 0.999 needs float64 in there."""
+
+    def by_tensors(*args):
+        lists, step, lr, clip = args[:4], *args[4:]
+        rate = torch.tensor(lr, dtype=torch.float64)
+        return optim.agc_laprop(*lists, torch.tensor(step), rate, clip)
+
+    lists, tolerance = inputs_of(dtype), {torch.float32: 3e-7, torch.float64: 1e-15}[dtype]
+    actual, expected = steps(by_tensors, lists), steps(optim.agc_laprop, lists)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_takes_steps_and_rates_as_tensors(operator):
+    def by_tensors(*args):
+        step, lr = torch.tensor(args[4]), torch.tensor(args[5], dtype=torch.float64)
+        return operator(*args[:4], step, lr, args[6])
+
+    lists = inputs_of()
+    actual, expected = steps(by_tensors, lists), steps(operator, lists)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_many_tensors(operator):
+    """More than the addresses that one of Triton's launches takes."""
+    g = torch.Generator("cpu").manual_seed(0)
+    shape = (100, 3)
+    params, grads, nu, mu = (
+        list(torch.randn(shape, generator=g, device="cpu").to(torch.get_default_device()))
+        for _ in range(4)
+    )
+    lists = params, grads, [x.square() for x in nu], mu
+    torch.testing.assert_close(
+        steps(operator, lists), steps(optim.agc_laprop, lists), **TOLERANCE[torch.float32]
+    )
+
+
+def test_captured_with_its_gradients(operator, device):
+    """In a CUDA graph, whose gradients lie elsewhere than those of the step before capturing."""
+    if device != "cuda":
+        pytest.skip("a graph needs a GPU")
+    actual, expected = inputs_of(), inputs_of()
+    step, scale = torch.ones((), dtype=torch.int64), torch.ones(())
+    rate = torch.tensor(0.01)
+
+    def run() -> None:
+        operator(actual[0], [x * scale for x in actual[1]], *actual[2:], step, rate, 0.3)
+        step.add_(1)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for count, factor in enumerate((1.0, 2.0, 3.0), start=1):
+        if count > 1:
+            scale.fill_(factor)
+            graph.replay()
+        grads = [x * factor for x in expected[1]]
+        optim.agc_laprop(expected[0], grads, *expected[2:], count, 0.01, 0.3)
+    torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
 def test_float64_equals_the_reference(operator):
@@ -109,9 +181,10 @@ def test_repeats_bit_for_bit_on_any_number_of_threads(operator, threads):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_opcheck(cpp, dtype):
+def test_opcheck(compiled, dtype):
     lists = [tensors[:2] for tensors in inputs_of(dtype)]
-    torch.library.opcheck(torch.ops.fastdreamer.agc_laprop.default, (*lists, 1, 0.01, 0.3))
+    scalars = torch.tensor(1), torch.tensor(0.01, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fastdreamer.agc_laprop.default, (*lists, *scalars, 0.3))
 
 
 def test_compiles_to_one_graph(operator):
@@ -119,9 +192,9 @@ def test_compiles_to_one_graph(operator):
         return 2 * operator(*lists, 1, 0.01, 0.3)
 
     torch._dynamo.reset()
-    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    traced = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     actual, expected = inputs_of(), inputs_of()
-    assert torch.equal(compiled(*actual), doubled(*expected))
+    assert torch.equal(traced(*actual), doubled(*expected))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("operators", "norm_act", "twohot", "unimix", "optim", "gru_step", "rssm")
+SUITES = (
+    *("operators", "lambda_return", "norm_act", "conv_norm_act", "twohot", "unimix", "optim"),
+    *("gru_step", "rssm"),
+)
 # What no memory error hides in, and torch's tracer is slow under a sanitizer.
 LEFT_OUT = "opcheck or gradcheck or compile or resolve or library or importable or float64"
 

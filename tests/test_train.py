@@ -25,7 +25,9 @@ from fastdreamer import checkpoint, plan
 from fastdreamer.cli import parse_config
 from fastdreamer.config import PRESETS, SIZES
 from fastdreamer.errors import UsageError, UserError
+from fastdreamer.loading import load_agent
 from fastdreamer.replay import Replay
+from fastdreamer.staging import WriteBack
 from fastdreamer.trainer import Trainer
 
 # 8 x 8 windows of 16 x 16 pictures, an update every other step after 64.
@@ -157,6 +159,24 @@ def test_recipe_2025_runs_rewrites_latents_and_resumes(tmp_path, monkeypatch, ta
     losses = [line for line in lines(tmp_path) if "loss/total" in line]
     assert [line["updates"] for line in losses] == list(range(1, 13))
     assert all(np.isfinite(v) for line in losses for v in line.values())
+
+
+def test_updates_in_a_row_see_what_the_one_before_rewrote(tmp_path, monkeypatch):
+    """As if each were written before the next batch is drawn, and not so without the amendment."""
+    options = [*RECIPE_2025, "--task", "gymnasium:CartPole-v1", "--learner.replay-ratio", "3"]
+    options += ["--steps", "50", "--seed", "2", "--learner.warmup", "0", "--learner.lr", "1e-2"]
+    curves, finish = [], WriteBack.finish
+    for name in ("overlapped", "strict", "stale"):
+        if name != "overlapped":
+            monkeypatch.setattr(WriteBack, "amend", lambda self, batch: None)
+        written_at_once = lambda self, keep=0: finish(self)  # noqa: E731
+        monkeypatch.setattr(WriteBack, "finish", written_at_once if name == "strict" else finish)
+        with Trainer(parse_config([*options, "--logdir", str(tmp_path / name)])) as trainer:
+            trainer.run()
+        assert trainer.learner.updates == 30
+        curves.append(curve(tmp_path / name))
+    overlapped, strict, stale = curves
+    assert overlapped == strict != stale
 
 
 # What the official code's presets say: recipe, train ratio (replayed steps a step), environments.
@@ -301,6 +321,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
         checkpoint.find_all(d / "checkpoints")[-1].load()["agent"] for d in (whole, cut)
     )
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path, capsys):
+    """Checkpoints hold float32, and say what the updates before them ran in."""
+    run(tmp_path, "--steps", "70", "--precision", "bf16")
+    assert "\nprecision bf16, compile off, graph off\n" in capsys.readouterr().out
+    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
+    assert all(v.dtype == torch.float32 for v in saved.load()["agent"].values())
+    assert load_agent(tmp_path).bf16
+    trainer = run(tmp_path, "--steps", "80")
+    assert "precision fp32 (until step 70 bf16), compile off" in capsys.readouterr().out
+    assert not trainer.agent.bf16 and not load_agent(tmp_path).bf16
+    assert [line["updates"] for line in lines(tmp_path) if "kl" in line] == list(range(1, 9))
 
 
 def test_resume_does_not_burst(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_common import gradients
+from operator_common import drawn, gradients, normal
 from torch import Tensor
 
 from fastdreamer.kernels import library
@@ -28,6 +28,7 @@ layouts = pytest.mark.parametrize("layout", ["symlog", "symexp"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
+@drawn
 def twohot_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Logits with a gradient, and targets of every magnitude, some beyond the bins."""
     g = torch.Generator().manual_seed(0)
@@ -39,28 +40,28 @@ def twohot_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) ->
 
 @layouts
 @shapes
-def test_loss(cpp, isa, layout, shape):
+def test_loss(compiled, isa, layout, shape):
     inputs = twohot_inputs(shape)
-    loss = cpp.twohot_loss(*inputs, layout)
+    loss = compiled.twohot_loss(*inputs, layout)
     torch.testing.assert_close(loss, twohot_loss(*inputs, layout), **TOLERANCE)
-    actual = gradients(cpp.twohot_loss, inputs, layout)
+    actual = gradients(compiled.twohot_loss, inputs, layout)
     torch.testing.assert_close(actual, gradients(twohot_loss, inputs, layout), **TOLERANCE)
 
 
 @layouts
 @shapes
-def test_mean(cpp, isa, layout, shape):
+def test_mean(compiled, isa, layout, shape):
     logits, _ = twohot_inputs(shape)
     exact = logits.detach().double().requires_grad_()
     spread = bins(layout, shape[-1], torch.float32, logits.device).abs().amax().item()
     # Bins cancel in pairs, so rounding is relative to the largest; symexp multiplies it again.
     mean, expected = (
-        f(x, layout).double() for f, x in ((cpp.twohot_mean, logits), (twohot_mean, exact))
+        f(x, layout).double() for f, x in ((compiled.twohot_mean, logits), (twohot_mean, exact))
     )
     if layout == "symlog":
         mean, expected = (torch.sign(m) * torch.log1p(m.abs()) for m in (mean, expected))
     torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6 * spread)
-    (grad,) = gradients(lambda x: cpp.twohot_mean(x, layout), [logits])
+    (grad,) = gradients(lambda x: compiled.twohot_mean(x, layout), [logits])
     (expected,) = gradients(lambda x: twohot_mean(x, layout), [exact])
     largest = expected.abs().amax().item() if expected.numel() else 0.0
     torch.testing.assert_close(grad, expected.float(), rtol=1e-4, atol=1e-5 * largest)
@@ -68,33 +69,36 @@ def test_mean(cpp, isa, layout, shape):
 
 @layouts
 @pytest.mark.parametrize("count", WIDTHS)
-def test_mean_of_equal_logits_is_zero(cpp, isa, layout, count):
+def test_mean_of_equal_logits_is_zero(compiled, isa, layout, count):
     logits = torch.tensor([-1e4, -7.3, 0.0, 0.1, 88.0, 1e30])[:, None].expand(-1, count)
-    assert cpp.twohot_mean(logits, layout).eq(0).all()
+    assert compiled.twohot_mean(logits, layout).eq(0).all()
 
 
 @layouts
-def test_gradient_of_a_mean_of_zero(cpp, layout):
+def test_gradient_of_a_mean_of_zero(compiled, layout):
     """The sign in symexp has derivative 0 there, in the reference and so in the operator."""
     logits = torch.zeros(2, 255, requires_grad=True)
     actual, expected = (
-        torch.autograd.grad(f(logits, layout).sum(), logits) for f in (cpp.twohot_mean, twohot_mean)
+        torch.autograd.grad(f(logits, layout).sum(), logits)
+        for f in (compiled.twohot_mean, twohot_mean)
     )
     atol = 1e-6 * expected[0].abs().amax().item()
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @layouts
-def test_bins_are_those_of_searchsorted(cpp, isa, layout):
+def test_bins_are_those_of_searchsorted(compiled, isa, layout):
     """Targets on every bin, a step beside it, between bins and beyond them."""
-    b = bins("symexp", 255, torch.float32, torch.device("cpu"))
+    b = bins("symexp", 255, torch.float32, torch.get_default_device())
     inf = torch.tensor(float("inf"))
     steps = [b, torch.nextafter(b, inf), torch.nextafter(b, -inf), (b[1:] + b[:-1]) / 2]
     target = torch.cat([*steps, torch.tensor([0.0, -0.0, 1e30, -1e30, inf, -inf])])
     logits = torch.zeros(len(target), 255, requires_grad=True)
-    losses = [f(logits, target, layout) for f in (cpp.twohot_loss, twohot_loss)]
+    losses = [f(logits, target, layout) for f in (compiled.twohot_loss, twohot_loss)]
     actual, expected = (torch.autograd.grad(loss.sum(), logits)[0] for loss in losses)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    # Triton squashes targets itself: a unit in the last place of 20, over the distance of two bins.
+    own_symlog = layout == "symlog" and compiled.backend != "cpp"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1.2e-5 if own_symlog else 1e-6)
     torch.testing.assert_close(losses[0], torch.full_like(target, 255).log())
 
 
@@ -122,40 +126,40 @@ def test_gradcheck(ops, layout):
 
 
 @layouts
-def test_float64_is_exact(cpp, layout):
+def test_float64_is_exact(compiled, layout):
     inputs = twohot_inputs((4, 9, 255), torch.float64)
     exact = {"rtol": 1e-12, "atol": 1e-12}
-    actual, expected = (gradients(f, inputs, layout) for f in (cpp.twohot_loss, twohot_loss))
+    actual, expected = (gradients(f, inputs, layout) for f in (compiled.twohot_loss, twohot_loss))
     torch.testing.assert_close(actual, expected, **exact)
-    assert torch.equal(cpp.twohot_loss(*inputs, layout), twohot_loss(*inputs, layout))
-    assert torch.equal(cpp.twohot_mean(inputs[0], layout), twohot_mean(inputs[0], layout))
+    assert torch.equal(compiled.twohot_loss(*inputs, layout), twohot_loss(*inputs, layout))
+    assert torch.equal(compiled.twohot_mean(inputs[0], layout), twohot_mean(inputs[0], layout))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_takes_strided_inputs(cpp, dtype):
+def test_takes_strided_inputs(compiled, dtype):
     logits, target = twohot_inputs((41, 30), dtype)
     views = [logits.detach().t()[::2].requires_grad_(), target.new_ones(45)[::3]]
     copies = [x.detach().clone().contiguous().requires_grad_(x.requires_grad) for x in views]
-    for operator in (cpp.twohot_loss, lambda x, _: cpp.twohot_mean(x)):
+    for operator in (compiled.twohot_loss, lambda x, _: compiled.twohot_mean(x)):
         assert torch.equal(operator(*views), operator(*copies))
         assert torch.equal(*(gradients(operator, x)[0] for x in (views, copies)))
-    (grad,) = torch.autograd.grad(cpp.twohot_loss(*views).sum(), views[0])  # dloss of stride 0
+    (grad,) = torch.autograd.grad(compiled.twohot_loss(*views).sum(), views[0])  # dloss of stride 0
     assert grad.isfinite().all()
 
 
-def test_threads_do_not_change_a_bit(cpp, threads):
-    logits, target = twohot_inputs((1001, 255))
+def test_threads_do_not_change_a_bit(compiled, threads):
+    logits, target = twohot_inputs((257, 255))
     results = []
     for count in (1, 2, 2):
         threads(count)
-        grads = gradients(cpp.twohot_loss, [logits, target])
-        results.append([cpp.twohot_loss(logits, target), cpp.twohot_mean(logits), *grads])
+        grads = gradients(compiled.twohot_loss, [logits, target])
+        results.append([compiled.twohot_loss(logits, target), compiled.twohot_mean(logits), *grads])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(cpp, dtype):
+def test_opcheck(compiled, dtype):
     logits, target = twohot_inputs((6, 5), dtype)
     operators = torch.ops.fastdreamer
     torch.library.opcheck(operators.twohot_loss.default, (logits, target))
@@ -168,16 +172,16 @@ def test_opcheck(cpp, dtype):
     torch.library.opcheck(backward, (target, logits, target, "symlog"))
 
 
-def test_compiles_to_one_graph(cpp):
+def test_compiles_to_one_graph(compiled):
     def both(logits: Tensor, target: Tensor) -> Tensor:
-        return cpp.twohot_loss(logits, target, "symexp") + cpp.twohot_mean(logits)
+        return compiled.twohot_loss(logits, target, "symexp") + compiled.twohot_mean(logits)
 
     torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    graph = torch.compile(both, fullgraph=True, backend="aot_eager")
     for shape in ((4, 15), (6, 9)):
         inputs = twohot_inputs(shape)
-        assert torch.equal(compiled(*inputs), both(*inputs))
-        assert torch.equal(*(gradients(f, inputs)[0] for f in (compiled, both)))
+        assert torch.equal(graph(*inputs), both(*inputs))
+        assert torch.equal(*(gradients(f, inputs)[0] for f in (graph, both)))
 
 
 def test_refuses_wrong_inputs(ops):
@@ -193,29 +197,30 @@ def test_refuses_wrong_inputs(ops):
         ops.twohot_mean(logits[:, :4])
 
 
-def test_cpp_refuses_dtypes_devices_and_second_derivatives(cpp):
+def test_refuses_dtypes_devices_and_second_derivatives(compiled):
     logits, target = torch.ones(4, 5), torch.ones(4)
     with pytest.raises(TypeError, match="float32 or float64"):
-        cpp.twohot_loss(logits.bfloat16(), target)
+        compiled.twohot_loss(logits.bfloat16(), target)
     with pytest.raises(TypeError, match="float32 or float64"):
-        cpp.twohot_mean(logits.long())
+        compiled.twohot_mean(logits.long())
     with pytest.raises(ValueError, match="inputs on"):
-        cpp.twohot_loss(logits, target.to("meta"))
+        compiled.twohot_loss(logits, target.to("meta"))
     logits.requires_grad_()
-    (grad,) = torch.autograd.grad(cpp.twohot_loss(logits, target).sum(), logits, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        compiled.twohot_loss(logits, target).sum(), logits, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_losses_of_several_targets_add_up(ops, dtype):
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 3, 41, generator=g, dtype=dtype).requires_grad_()
-    targets = 5 * torch.randn(7, 3, 4, generator=g, dtype=dtype)
+    logits, targets = normal(torch.zeros(7, 3, 41, dtype=dtype), torch.zeros(7, 3, 4, dtype=dtype))
+    logits, targets = logits.requires_grad_(), 5 * targets
     together = ops.twohot_loss(logits, targets, "symexp")
     apart = torch.stack([ops.twohot_loss(logits, t, "symexp") for t in targets.unbind(-1)]).sum(0)
     torch.testing.assert_close(together, apart)
-    weight = torch.randn(7, 3, generator=g, dtype=dtype)
+    (weight,) = normal(together)
     (x,), (y,) = (torch.autograd.grad(z, logits, weight) for z in (together, apart))
     torch.testing.assert_close(x, y)
 

@@ -98,11 +98,12 @@ class TestGate:
         commands: list[list[str]] = []
         done = subprocess.CompletedProcess([], 0, "", "")
         monkeypatch.setattr(subprocess, "run", lambda c, **_: commands.append(c) or done)
-        update.gate(recipe, resolve("reference"))
+        workload = Workload(recipe, "debug", "image")
+        update.gate(workload, resolve("reference"))
         (command,) = commands
         folder = Path(command[command.index("--golden") + 1])
         assert (folder / "manifest.json").exists() and folder.name.startswith(f"v{recipe}")
-        assert command[-2:] == ["--backend", "reference"]
+        assert command[-4:] == ["--device", "cpu", "--backend", "reference"]
 
 
 @pytest.mark.usefixtures("no_gate")

@@ -3,6 +3,7 @@
 #ifndef FASTDREAMER_CPU_SIMD_VEC_H
 #define FASTDREAMER_CPU_SIMD_VEC_H
 
+#include <math.h>
 #include <stdint.h>
 
 namespace fastdreamer {
@@ -22,6 +23,14 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+static inline IntVec bits(Vec x) { return reinterpret_cast<IntVec>(x); }
+static inline Vec from_bits(IntVec x) { return reinterpret_cast<Vec>(x); }
+static inline IntVec load_bits(const int32_t* p) {
+  return bits(load(reinterpret_cast<const float*>(p)));
+}
+static inline void store_bits(int32_t* p, IntVec x) {
+  store(reinterpret_cast<float*>(p), from_bits(x));
+}
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
 // The first n < kLanes elements; the others are `rest`.
@@ -46,8 +55,10 @@ static inline float max(Vec x) {
 }
 static inline Vec max(Vec x, Vec y) { return x > y ? x : y; }
 static inline Vec min(Vec x, Vec y) { return x < y ? x : y; }
-static inline IntVec bits(Vec x) { return reinterpret_cast<IntVec>(x); }
-static inline Vec from_bits(IntVec x) { return reinterpret_cast<Vec>(x); }
+static inline Vec rsqrt(Vec x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
+  return 1.0f / x;
+}
 
 // e^x within 2 units in the last place; below -87.3 it is the smallest normal number, NaN stays.
 static inline Vec exp(Vec x) {

@@ -1,0 +1,175 @@
+// Convolution, pooling, norm and SiLU of blocks of kConvBlock images; see conv.h for how.
+#include "../conv.h"
+#include "conv.h"
+#include "norm_lanes.h"
+
+namespace fastdreamer {
+namespace FD_ISA {
+namespace {
+
+// Of the convolution, and of the one that gives its input's gradient.
+constexpr Window kForward[] = {
+    {2, 5, 1, false, false}, {1, 4, 2, false, false}, {1, 3, 1, true, false}, {1, 2, 1, true, true}};
+constexpr Window kBackward[] = {
+    {2, 5, 1, false, false}, {1, 2, 1, true, true}, {2, 6, 2, false, false}, {1, 4, 2, false, false}};
+
+// The images of one block that a vector's lanes take: the first, how many, and where the block's
+// kept values of them start.
+struct Part {
+  int64_t image;
+  int images;
+  int64_t z, index;
+};
+
+template <typename Body>
+void for_parts(const fd_conv& conv, int64_t begin, int64_t end, const Body& body) {
+  const ConvSize size = conv_size(conv);
+  for (int64_t image = begin * kConvBlock; image < end * kConvBlock; image += kLanes) {
+    const int64_t left = conv.N - image, lane = image % kConvBlock, block = image - lane;
+    if (left <= 0) break;
+    const int images = static_cast<int>(left < kLanes ? left : kLanes);
+    body(Part{image, images, block * size.output + lane, block * size.words + lane});
+  }
+}
+
+void read_images(const fd_conv& conv, const Part& part, const Image& to) {
+  const int64_t row = conv.W * conv.C, image = conv.H * row;
+  for (int64_t y = 0; y < conv.H; ++y) {
+    const int64_t at = part.image * image + y * row;
+    if (conv.input == FD_UINT8)
+      read_lanes(static_cast<const uint8_t*>(conv.x) + at, image, part.images, row, to.at(y));
+    else
+      read_lanes(static_cast<const float*>(conv.x) + at, image, part.images, row, to.at(y));
+  }
+}
+
+// The largest of every 2x2 of two rows of `columns` pixels of O channels, the first of equals; words
+// of two bits for each of 16 channels hold its number in row-major order.
+void pool(const float* rows, int64_t columns, int64_t O, float* z, int32_t* index) {
+  for (int64_t x = 0; x < columns / 2; ++x)
+    for (int64_t first = 0; first < O; first += 16, index += kConvBlock) {
+      IntVec word{};
+      for (int64_t o = first; o < O && o < first + 16; ++o) {
+        const float* corner = rows + (2 * x * O + o) * kLanes;
+        Vec best = load(corner);
+        IntVec which{};
+        for (int k = 1; k < 4; ++k) {
+          const Vec v = load(corner + (k / 2 * columns + k % 2) * O * kLanes);
+          const IntVec larger = (v > best) | (v != v);
+          best = larger ? v : best;
+          which = larger ? IntVec{} + k : which;
+        }
+        store(z + (x * O + o) * kLanes, best);
+        word |= which << static_cast<int>(2 * (o - first));
+      }
+      store_bits(index, word);
+    }
+}
+
+// The gradient before pooling of row y after it.
+void unpool(const float* dz, const int32_t* index, int64_t columns, const Image& to, int64_t y) {
+  const int64_t O = to.C();
+  for (int64_t x = 0; x < columns; ++x)
+    for (int64_t first = 0; first < O; first += 16, index += kConvBlock) {
+      const IntVec word = load_bits(index);
+      for (int64_t o = first; o < O && o < first + 16; ++o) {
+        const IntVec which = (word >> static_cast<int>(2 * (o - first))) & 3;
+        const Vec grad = load(dz + (x * O + o) * kLanes);
+        for (int k = 0; k < 4; ++k)
+          store(
+              to.at(2 * y + k / 2) + ((2 * x + k % 2) * O + o) * kLanes,
+              which == IntVec{} + k ? grad : Vec{});
+      }
+    }
+}
+
+// The gradient of the convolution's output, after adding those of scale, shift and bias.
+void output_gradient(
+    const fd_conv& conv, const fd_conv_grad& grad, const Part& part, float* row, float* dbias,
+    float* dscale, float* dshift, const Image& to) {
+  const ConvSize size = conv_size(conv);
+  const Norm norm{conv.scale, conv.shift, conv.centred != 0, conv.eps};
+  const int64_t width = size.W * conv.O;
+  for (int64_t y = 0; y < size.H; ++y) {
+    float* dz = conv.kind == FD_CONV_POOL ? row : to.at(y);
+    read_lanes(
+        grad.dy + part.image * size.output + y * width, size.output, part.images, width, dz);
+    const float* kept = conv.z + part.z + y * width * kConvBlock;
+    for (int64_t x = 0; conv.scale && x < size.W; ++x)
+      norm_lanes_backward<true, kConvBlock>(
+          norm, kept + x * conv.O * kConvBlock, dz + x * conv.O * kLanes, dscale, dshift, conv.O);
+    for (int64_t i = 0; i < width; ++i) {
+      float* sum = dbias + i % conv.O * kLanes;
+      store(sum, load(sum) + load(dz + i * kLanes));
+    }
+    const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
+    if (conv.kind == FD_CONV_POOL) unpool(dz, conv.index + index, size.W, to, y);
+  }
+}
+
+}  // namespace
+
+// Blocks begin .. end - 1.
+void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
+  const ConvSize size = conv_size(conv);
+  const Filter filter{kForward[conv.kind], conv.weight, conv.bias, conv.O};
+  const Norm norm{conv.scale, conv.shift, conv.centred != 0, conv.eps};
+  const Image image(conv.H, conv.W, conv.C, filter.window.border);
+  const int64_t width = size.W * conv.O;
+  const Buffer row(width * kLanes), rows(2 * conv.W * conv.O * kLanes);
+  for_parts(conv, begin, end, [&](const Part& part) {
+    read_images(conv, part, image);
+    for (int64_t y = 0; y < size.H; ++y) {
+      float* z = row.get();
+      float* kept = conv.z + part.z + y * width * kConvBlock;
+      if (conv.kind == FD_CONV_POOL) {
+        conv_row(image, filter, 2 * y, rows.get());
+        conv_row(image, filter, 2 * y + 1, rows.get() + conv.W * conv.O * kLanes);
+        const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
+        pool(rows.get(), conv.W, conv.O, z, conv.index + index);
+      } else {
+        conv_row(image, filter, y, z);
+      }
+      for (int64_t i = 0; conv.scale && i < width; ++i)
+        store(kept + i * kConvBlock, load(z + i * kLanes));
+      for (int64_t x = 0; conv.scale && x < size.W; ++x)
+        norm_lanes<true>(norm, z + x * conv.O * kLanes, conv.O);
+      write_lanes(
+          conv.y + part.image * size.output + y * width, size.output, part.images, width, z);
+    }
+  });
+}
+
+// Blocks begin .. end - 1; sums receives their share of the gradients of weight, bias, scale and
+// shift, one after the other.
+void conv_norm_act_backward(
+    const fd_conv& conv, const fd_conv_grad& grad, int64_t begin, int64_t end, float* sums) {
+  const ConvSize size = conv_size(conv);
+  const Filter filter{kBackward[conv.kind], grad.weight, nullptr, conv.C};
+  const bool pools = conv.kind == FD_CONV_POOL;
+  const Image dz(
+      pools ? conv.H : size.H, pools ? conv.W : size.W, conv.O, filter.window.border);
+  const Image x(conv.H, conv.W, conv.C, shrinks(conv) ? kForward[conv.kind].border : 0);
+  const Buffer lanes(size.sums * kLanes), row((size.W * conv.O + conv.W * conv.C) * kLanes);
+  for (int64_t i = 0; i < size.sums * kLanes; ++i) lanes.get()[i] = 0.0f;
+  float *dbias = lanes.get() + size.weights * kLanes, *dscale = dbias + conv.O * kLanes,
+        *dshift = dscale + conv.O * kLanes;
+  for_parts(conv, begin, end, [&](const Part& part) {
+    output_gradient(conv, grad, part, row.get(), dbias, dscale, dshift, dz);
+    const int64_t width = conv.W * conv.C;
+    for (int64_t y = 0; grad.dx && y < conv.H; ++y) {
+      conv_row(dz, filter, y, row.get());
+      const int64_t at = part.image * conv.H * width + y * width;
+      write_lanes(grad.dx + at, conv.H * width, part.images, width, row.get());
+    }
+    read_images(conv, part, x);
+    if (shrinks(conv))
+      add_weight_gradient(x, dz, kForward[conv.kind].K, kForward[conv.kind].stride, lanes.get());
+    else
+      add_weight_gradient(dz, x, filter.window.K, filter.window.stride, lanes.get());
+  });
+  sum_lanes(lanes.get(), size.sums, sums);
+}
+
+}  // namespace FD_ISA
+}  // namespace fastdreamer
