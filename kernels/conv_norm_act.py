@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .conv_taps import FORWARD, GRADIENT, backward_weight, forward_weight, weight_gradient
+from .conv_taps import GRADIENT, backward_weight, forward_weight, weight_gradient
 from .library import Arguments
 from .norm_act import norm_act
 from .register import register
@@ -141,12 +141,18 @@ def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     A row or column of the doubled image is one of the small image twice, so that a 5x5 window
     meets 3x3 pixels, and weights on the same pixel are summed before: 36 products for 100.
     """
-    taps = FORWARD["upsample"].to(weight)
-    by_parity = torch.einsum("ptk,qsl,ockl->pqocts", taps, taps, weight).flatten(0, 2)
+    columns = _by_parity(_by_parity(weight, 2), 4)  # (2, 3, 2, 3, O, C): columns, rows
+    by_parity = columns.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
     bias = None if bias is None else bias.repeat(4)
     y = F.conv2d(_channels_first(x, weight.dtype), by_parity, bias, padding=1)
     y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, weight.shape[0]))  # (N, H, W, 2, 2, O)
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _by_parity(weight: Tensor, dim: int) -> Tensor:
+    """Five taps along an axis -> (2, 3, the other axes): of even and of odd positions."""
+    a, b, c, d, e = weight.unbind(dim)
+    return torch.stack([torch.stack([a + b, c + d, e]), torch.stack([a, b + c, d + e])])
 
 
 def _output_shape(x: Tensor, weight: Tensor, kind: str) -> torch.Size:
