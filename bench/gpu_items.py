@@ -65,7 +65,8 @@ def _pytest(backend: str, device: str, *more: str, interpret: bool = False) -> R
         report = Path(folder) / "report.xml"
         options = ["-q", "-m", "operators", "--backend", backend, "--device", device]
         command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *more]
-        environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpret else {})
+        environment = os.environ | {"FASTDREAMER_REQUIRE": backend}
+        environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
         if not report.exists():
             return {"ok": False, "error": "pytest could not run"}
@@ -225,6 +226,7 @@ def cases(device: str) -> Iterator[Case]:
         ("lambda_return", o.SHAPES, o.lambda_return_inputs, both),
         ("norm_act rms", o.ROWS, partial(o.norm_act_inputs, "rms"), both),
         ("norm_act layer", o.ROWS, partial(o.norm_act_inputs, "layer"), both),
+        ("conv_norm_act", o.CONVOLUTIONS, o.conv_norm_act_inputs, both),
         ("latent_linear", o.FEATURES, o.latent_linear_inputs, both),
         *(
             (name, o.BINS, partial(o.twohot_inputs, name), both)

@@ -100,7 +100,6 @@ class Workload:
     def update(self, ops: Ops, execution: Execution = PLAIN) -> Update:
         """One update of ours, on new parameters, from a batch as the replay gives it."""
         agent, batch = self.agent(ops), dict(self.batch)
-        agent.bf16 = execution.precision == "bf16"
         if "stoch" in batch:
             batch["stoch"] = batch["stoch"].argmax(-1).to(torch.uint8)
         update = execution_module.Update(Learner.make(agent, self.learner), execution)

@@ -69,7 +69,12 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
     """What the option comes to: "auto" is bf16 on a GPU that has it, else fp32."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and _has_bf16() else "fp32"
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU multiplies in bfloat16 itself, as from Ampere on."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _missing_compiler(device: torch.device) -> str:
@@ -94,6 +99,7 @@ class Update:
 
     def __init__(self, learner: Learner, execution: Execution):
         self.learner = learner
+        learner.agent.bf16 = execution.precision == "bf16"
         if execution.compile:
             compile_losses(learner)
         self.run: Callable[[Inputs], Any] = self.work

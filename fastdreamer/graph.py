@@ -76,15 +76,15 @@ class Graphed(Generic[T]):
 
     def _capture(self, inputs: Inputs) -> None:
         self._graph = self._outputs = None  # frees the last one's memory and its generators
-        self._inputs = {k: v.clone() for k, v in inputs.items()}
-        self.rehearse(self._inputs)
+        self._inputs, static = {}, {k: v.clone() for k, v in inputs.items()}
+        self.rehearse(static)
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
         # Only this thread is held to what a capture allows: another one feeds the next batch.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._outputs = self._function(self._inputs)
-        self._graph = graph
+            self._outputs = self._function(static)
+        self._graph, self._inputs = graph, static
 
     def rehearse(self, inputs: Inputs) -> None:
         """Run the function on a side stream, as captures want it, and undo what it changed."""

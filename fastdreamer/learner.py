@@ -315,6 +315,8 @@ class SeparateLearner(Learner):
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+            for group in optimizer.param_groups:  # which the checkpoint's have replaced
+                group["capturable"] = group["params"][0].is_cuda
 
     def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
         noise = noise or self.draw_noise(*batch["reward"].shape)

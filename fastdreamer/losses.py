@@ -102,7 +102,8 @@ class ReturnScale(nn.Module):
 def quantile(ordered: Tensor, q: float) -> Tensor:
     """The ``q``-quantile of ascending values (N,), linear between two of them (scalar).
 
-    As ``torch.quantile``, which checks its argument on the host.
+    As ``torch.quantile``, which checks its argument on the host, but for NaN, which counts as the
+    largest value.
     """
     rank = q * (len(ordered) - 1)
     below = ordered[math.floor(rank)]

@@ -147,7 +147,8 @@ def _gradients(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three gradients in plain PyTorch, in any floating dtype."""
+    """The three gradients in plain PyTorch, in any floating dtype; computed in that of scale."""
+    given, x, dy = x.dtype, x.to(scale.dtype), dy.to(scale.dtype)
     centre = x - x.mean(-1, keepdim=True) if kind == "layer" else x
     r = torch.rsqrt(centre.square().mean(-1, keepdim=True) + eps)
     xhat = centre * r
@@ -160,7 +161,7 @@ def _gradients(
     if kind == "layer":
         dx = dx - dxhat.mean(-1, keepdim=True)
     dscale, dshift = ((dy * xhat).sum_to_size(scale.shape), dy.sum_to_size(scale.shape))
-    return dx * r, dscale, dshift if shift is not None else dshift[:0]
+    return (dx * r).to(given), dscale, dshift if shift is not None else dshift[:0]
 
 
 def _fake_backward(

@@ -463,7 +463,10 @@ def _backward(
     )
     weights = _unflatten(tensors, logp.shape[-1], ctx.eps, ctx.mix)
     last = _last_state(weights, starts, deter, stoch)
-    dweights = _weight_gradients(weights, last, deter, kept, grads)
+    half = ctx.compute == torch.bfloat16
+    with torch.autocast(deter.device.type, torch.bfloat16, enabled=half):
+        dweights = _weight_gradients(weights, last, deter, kept, grads)
+    dweights = [dweight.to(deter.dtype) for dweight in dweights]
     return (dweights, None, None, None, None, grads[3], None, None, None, None, None)
 
 

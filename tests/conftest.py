@@ -13,7 +13,7 @@ from fastdreamer.kernels import library
 from fastdreamer.kernels.register import INTERPRETED
 
 # FASTDREAMER_REQUIRE names what must be there, so that a test of it fails instead of skipping.
-REQUIRED_BY = {"cpp": "cpu", "triton": "triton"}
+REQUIRED_BY = {"cpp": "cpu", "triton": "triton", "cuda": "cuda"}
 EMPTY_FACTORIES = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -114,7 +114,8 @@ def _resolve_or_skip(backend: str, device: str) -> kernels.Ops:
     try:
         return kernels.resolve(backend, device)
     except RuntimeError as error:
-        here = device == "cpu" and not (backend == "cpp" and INTERPRETED)
+        kind = "cpu" if backend == "cpp" or (backend == "triton" and INTERPRETED) else "cuda"
+        here = device == kind and not (backend == "cpp" and INTERPRETED)
         if REQUIRED_BY.get(backend) in required() and here:
             pytest.fail(f"FASTDREAMER_REQUIRE asks for it: {error}")
         pytest.skip(str(error))

@@ -46,14 +46,14 @@ def gradients(learner: Learner, batch: dict[str, Tensor], noise: UpdateNoise) ->
 
 
 def test_what_auto_comes_to(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     choose = Execution.choose
     assert choose("auto", "auto", "auto", CPU) == Execution("fp32", False, False)
     assert choose("auto", "auto", "auto", GPU) == Execution("bf16", True, True)
     assert choose("fp32", "off", "on", GPU) == Execution("fp32", False, True)
     assert choose("bf16", "on", "off", CPU) == Execution("bf16", True, False)
     assert str(choose("bf16", "on", "off", CPU)) == "precision bf16, compile on, graph off"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert choose("auto", "auto", "auto", GPU).precision == "fp32"
     monkeypatch.setattr("fastdreamer.execution.find_spec", lambda _: None)
     assert choose("fp32", "auto", "auto", GPU) == Execution("fp32", False, True)
