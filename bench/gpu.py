@@ -8,11 +8,14 @@ same commit and device are not run again, so the command can be repeated until a
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +75,7 @@ class Item:
     name: str
     kind: str
     seconds: float
-    run: Callable[[str], list[Row]]
+    run: Callable[[str], Iterable[Row]]
 
 
 def items(options: Options) -> list[Item]:
@@ -101,7 +104,7 @@ def items(options: Options) -> list[Item]:
         *updates[2:],
         *profiles[2:4],
         item("memory errors", "checks", 240, gpu_items.memory_errors),
-        *([item("train", "training", 60 * m, gpu_items.train, m)] if m else []),
+        *([item("train", "training", 60 * m + 120, gpu_items.train, m)] if m else []),
     ]
 
 
@@ -167,7 +170,7 @@ def introduction() -> str:
 
 def in_order(chosen: list[Item], options: Options) -> list[str]:
     """Run the items while time lasts; returns the names of those that failed."""
-    end, failed = time.monotonic() + 60 * (options.limit + options.minutes), []
+    end, failed = time.monotonic() + 60 * (options.limit + options.minutes) + 120, []
     done = set() if options.again or options.dry_run else finished()
     for item in chosen:
         left = end - time.monotonic()
@@ -178,12 +181,12 @@ def in_order(chosen: list[Item], options: Options) -> list[str]:
         else:
             started = time.monotonic()
             rows, problem = in_child(item, min(left, item.seconds), options)
+            if problem:
+                rows.append({"ok": False, "error": problem})
             taken = f"({time.monotonic() - started:.0f} s)"
             for row in rows:
                 print(f"{item.name}: {summary(row)} {taken}", flush=True)
-            if problem:
-                print(f"{item.name}: {problem} {taken}", flush=True)
-            if problem or any(not row.get("ok", True) for row in rows):
+            if not all(row["ok"] for row in rows):
                 failed.append(item.name)
             if rows and not options.dry_run:
                 record(f"gpu/{item.kind}", [row | {"item": item.name} for row in rows], "cuda")
@@ -191,14 +194,18 @@ def in_order(chosen: list[Item], options: Options) -> list[str]:
 
 
 def finished() -> set[str]:
-    """Names of the items that succeeded with this commit on this device."""
+    """Names of the items whose last call succeeded with this commit on this device."""
     rows = [
         json.loads(line)
         for path in GPU_RESULTS.glob("*.jsonl")
         for line in path.read_text().splitlines()
     ]
-    here = commit(), device_name("cuda"), True
-    return {row["item"] for row in rows if (row["commit"], row["device"], row["ok"]) == here}
+    here = commit(), device_name("cuda")
+    calls: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        if (row["commit"], row["device"]) == here:
+            calls.setdefault(row["item"], {}).setdefault(row["date"], []).append(row["ok"])
+    return {item for item, by_date in calls.items() if all(by_date[max(by_date)])}
 
 
 def in_child(item: Item, seconds: float, options: Options) -> tuple[list[Row], str]:
@@ -209,23 +216,28 @@ def in_child(item: Item, seconds: float, options: Options) -> tuple[list[Row], s
         arguments += ["--minutes", str(options.minutes)]
         arguments += ["--dry-run"] if options.dry_run else []
         command = [sys.executable, "-m", "bench.gpu", *arguments]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe)
+        problem = ""
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
-            )
+            lines = child.communicate(timeout=seconds)[0].strip().splitlines()
+            if child.returncode:
+                problem = f"failed: {lines[-1] if lines else f'exit status {child.returncode}'}"
         except subprocess.TimeoutExpired:
-            return [], f"stopped after {seconds:.0f} s"
-        if done.returncode:
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            return [], f"failed: {lines[-1] if lines else f'exit status {done.returncode}'}"
-        return json.loads(out.read_text()), ""
+            os.killpg(child.pid, signal.SIGKILL)  # with the processes that it has started
+            child.wait()
+            problem = f"stopped after {seconds:.0f} s"
+        written = out.read_text().splitlines() if out.exists() else []
+        return [json.loads(line) for line in written], problem
 
 
 def run_child(options: Options) -> None:
     """What ``--child`` asks for."""
     assert options.out is not None
     (item,) = (item for item in items(options) if item.name == options.child)
-    options.out.write_text(json.dumps(item.run("cpu" if options.dry_run else "cuda")))
+    with options.out.open("w") as file:
+        for row in item.run("cpu" if options.dry_run else "cuda"):
+            print(json.dumps(row), file=file, flush=True)
 
 
 def summary(row: Row) -> str:
@@ -240,10 +252,14 @@ def ahead_of_time() -> None:
     Raises:
         UserError: one fails to compile, or spills registers.
     """
-    for command in (["fastdreamer.kernels.aot"], ["bench.nvcc"]):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False)
-        if done.returncode:
-            raise UserError(f"python -m {command[0]} failed")
+    modules = ["fastdreamer.kernels.aot"]
+    if shutil.which("nvcc"):
+        modules.append("bench.nvcc")
+    else:
+        print("nvcc is not in the path: the CUDA kernels are not compiled")
+    for module in modules:
+        if subprocess.run([sys.executable, "-m", module], cwd=ROOT, check=False).returncode:
+            raise UserError(f"python -m {module} failed")
 
 
 if __name__ == "__main__":

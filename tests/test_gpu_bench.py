@@ -107,12 +107,18 @@ class TestOrder:
     def test_failures_do_not_stop_the_others(self, recorded, children, capsys):
         assert gpu.in_order(fake("bad", "broken", "a"), options()) == ["bad", "broken"]
         assert children == ["bad", "broken", "a"]
-        assert "broken: failed: no such device" in capsys.readouterr().out
+        assert "broken: ok False, error failed: no such device" in capsys.readouterr().out
 
     def test_what_failed_is_run_again(self, recorded, children):
         gpu.in_order(fake("bad", "broken", "a"), options())
         gpu.in_order(fake("bad", "broken", "a"), options())
         assert children == ["bad", "broken", "a", "bad", "broken"]
+
+    def test_an_item_of_which_a_part_failed_is_run_again(self, recorded, children, monkeypatch):
+        rows = [{"ok": True}, {"ok": False}]
+        monkeypatch.setattr(gpu, "in_child", lambda *_: (rows, ""))
+        assert gpu.in_order(fake("a"), options()) == ["a"]
+        assert gpu.finished() == set()
 
     def test_no_time_is_left(self, recorded, children, monkeypatch, capsys):
         monkeypatch.setattr(gpu, "LEAST", 1e9)
@@ -147,7 +153,7 @@ class TestItems:
     """Each item's own logic, on the CPU."""
 
     def test_synchronisation(self):
-        assert gpu_items.synchronisation(gpu.SMALL[0], "cpu") == [
+        assert list(gpu_items.synchronisation(gpu.SMALL[0], "cpu")) == [
             {"execution": "eager", "ok": True}
         ]
 

@@ -28,7 +28,7 @@ def options(*args: str) -> update.Options:
 @pytest.fixture
 def no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "gate", lambda *_: None)
-    monkeypatch.setattr(update, "PRODUCT", 64)
+    monkeypatch.setitem(update.PRODUCT, "cpu", 64)
 
 
 @pytest.fixture
