@@ -62,7 +62,7 @@ def updates() -> str:
     ]
     for (workload, device, _), row in latest.items():
         lines.append(
-            f"| {workload} | {device}, {row['threads']} threads | {_seconds(row)} | "
+            f"| {workload} | {device}, {row['threads']} thread(s) | {_seconds(row)} | "
             f"{_fastest_rival(row)} | {row['floor_multiple']:.1f} |"
         )
     lines.append(
