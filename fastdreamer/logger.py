@@ -61,6 +61,7 @@ class Logger:
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            _wait_for_later_name(logdir)
             # Hides the events after the checkpoint, or all of a run that was cut before its first.
             with self._writing():
                 self._writer = SummaryWriter(str(logdir), purge_step=step + 1 if step else 0)
@@ -166,6 +167,13 @@ class Logger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _wait_for_later_name(logdir: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second in
+    which they were made: a run resumed within that second waits for the next."""
+    made = [int(path.name.split(".")[3]) for path in logdir.glob("events.out.tfevents.*")]
+    time.sleep(min(1.0, max(0.0, max(made, default=0) + 1 - time.time())))
 
 
 def _sync_wandb(log: LogConfig, logdir: Path, config: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from fastdreamer.checkpoint import Checkpoint
 from fastdreamer.cli import parse_config
 from fastdreamer.evaluate import Options, evaluate
 from fastdreamer.learner import Learner
+from fastdreamer.logger import _wait_for_later_name
 from fastdreamer.plan import total_updates
 from fastdreamer.trainer import Trainer
 
@@ -220,6 +221,14 @@ def test_logs_have_neither_gaps_nor_duplicates(tmp_path):
         assert steps == [step for step, _ in theirs[name]], name
         np.testing.assert_allclose([v for _, v in values], [v for _, v in theirs[name]], rtol=1e-6)
     assert [step for step, _ in ours["loss/world_model"]] == list(range(66, last + 31, 2))
+
+
+def test_event_files_of_one_run_have_names_of_different_seconds(tmp_path):
+    """Else TensorBoard would read them in the order of the processes' numbers."""
+    made = int(time.time())
+    (tmp_path / f"events.out.tfevents.{made}.host.99999.0").touch()
+    _wait_for_later_name(tmp_path)
+    assert int(time.time()) > made
 
 
 def logs(logdir: Path, count: int, after: int = 0) -> bool:
