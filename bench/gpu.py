@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +76,8 @@ class Item:
     kind: str
     seconds: float
     run: Callable[[str], Iterable[Row]]
+    needs: str = ""
+    """The item without whose success this one is not run."""
 
 
 def items(options: Options) -> list[Item]:
@@ -91,11 +93,17 @@ def items(options: Options) -> list[Item]:
             for w in workloads
         ]
 
-    updates = named("update", 240, gpu_items.whole_update, options.rivals)
+    timed = named("update", 240, gpu_items.whole_update, options.rivals)
+    updates = [
+        replace(each, needs=f"goldens {recipe}")
+        for each, (recipe, _, _) in zip(timed, workloads, strict=True)
+    ]
+    recipes = dict.fromkeys(recipe for recipe, _, _ in workloads)
     profiles = named("profile", 90, gpu_items.profile)
     syncs = named("synchronisation", 90, gpu_items.synchronisation)
     return [
         item("tests triton", "tests", 150, gpu_items.operator_tests, "triton"),
+        *(item(f"goldens {r}", "tests", 150, gpu_items.goldens, r) for r in recipes),
         *syncs[:2],
         *updates[:2],
         item("tests cuda", "tests", 150, gpu_items.operator_tests, "cuda"),
@@ -171,11 +179,13 @@ def introduction() -> str:
 def in_order(chosen: list[Item], options: Options) -> list[str]:
     """Run the items while time lasts; returns the names of those that failed."""
     end, failed = time.monotonic() + 60 * (options.limit + options.minutes) + 120, []
-    done = set() if options.again or options.dry_run else finished()
+    done = set() if options.dry_run else finished()
     for item in chosen:
         left = end - time.monotonic()
-        if item.name in done:
+        if item.name in done and not options.again:
             print(f"{item.name}: has a result of this commit")
+        elif item.needs and item.needs not in done:
+            print(f"{item.name}: skipped, {item.needs} has not passed")
         elif left < LEAST:
             print(f"{item.name}: skipped, no time is left")
         else:
@@ -186,7 +196,9 @@ def in_order(chosen: list[Item], options: Options) -> list[str]:
             taken = f"({time.monotonic() - started:.0f} s)"
             for row in rows:
                 print(f"{item.name}: {summary(row)} {taken}", flush=True)
-            if not all(row["ok"] for row in rows):
+            if all(row["ok"] for row in rows):
+                done.add(item.name)
+            else:
                 failed.append(item.name)
             if rows and not options.dry_run:
                 record(f"gpu/{item.kind}", [row | {"item": item.name} for row in rows], "cuda")

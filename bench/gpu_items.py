@@ -31,6 +31,7 @@ from bench import operators, update
 from bench.results import ROOT
 from bench.workload import PLAIN, Workload
 from fastdreamer.config import PRESETS
+from fastdreamer.errors import UserError
 from fastdreamer.execution import Execution
 from fastdreamer.kernels import resolve
 
@@ -107,8 +108,19 @@ def whole_update(workload: tuple[str, str, str], others: str, device: str) -> li
     options = update.Options(recipe=recipe, size=size, obs=obs, device=device, rivals=others)
     if device == "cpu":
         options = replace(options, rivals="", rounds=1, compile=False)
-    row = update.measure(options)
+    row = update.measure(options, gated=True)
     return [row | {"ok": True}]
+
+
+def goldens(recipe: str, device: str) -> Iterator[Row]:
+    """The golden tests of a recipe on every backend of ours that is timed."""
+    for backend in ("triton", "cuda") if device == "cuda" else ("cpp",):
+        row: Row = {"backend": backend, "ok": True}
+        try:
+            update.gate(Workload(recipe, "debug", "image", device), resolve(backend, device))
+        except (RuntimeError, UserError) as error:
+            row |= {"ok": False, "error": str(error)}
+        yield row
 
 
 def profile(workload: tuple[str, str, str], device: str) -> list[Row]:
@@ -336,10 +348,16 @@ def memory_errors(device: str) -> list[Row]:
     program = shutil.which("compute-sanitizer")
     if program is None or device == "cpu":
         return [{"ok": True, "skipped": "compute-sanitizer is not there"}]
+    environment = os.environ | {"FASTDREAMER_REQUIRE": "cuda"}
     tests = ["-q", "-x", "-m", "operators", "--backend", "cuda", "--device", "cuda"]
     command = [program, "--error-exitcode", "3", sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(
-        [*command, "-k", MEMCHECKED], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "-k", MEMCHECKED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return [{"ok": done.returncode == 0, "last": done.stdout.strip().splitlines()[-3:]}]
 

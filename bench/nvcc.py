@@ -1,4 +1,4 @@
-"""What the CUDA kernels take on a chip: ``python -m bench.nvcc [--arch sm_80 --arch sm_90a]``.
+"""What the CUDA kernels take on a chip: ``python -m bench.nvcc``. See ``--help``.
 
 Compiles csrc/cuda with nvcc, which needs no GPU, and prints registers, stack and spills of every
 kernel; exits with 1 where one spills. It takes about half a minute of a core for each architecture.
@@ -6,17 +6,29 @@ kernel; exits with 1 where one spills. It takes about half a minute of a core fo
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fastdreamer.cli import parse as parse_options
+from fastdreamer.cli import run
+from fastdreamer.errors import UsageError, UserError
+
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile the CUDA kernels, print what they take, fail where one spills registers."""
+
+    arch: tuple[str, ...] = ARCHITECTURES
+    """Architectures that nvcc knows."""
 
 
 class Kernel(NamedTuple):
@@ -59,29 +71,26 @@ def _readable(name: str) -> str:
 
 
 def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
-    """Kernels of one source. Raises CalledProcessError where nvcc fails."""
+    """Kernels of one source. Raises UserError with nvcc's words where it fails."""
     flags = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-arch={architecture}"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as output:
         includes = [f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
         command = ["nvcc", *flags, *includes, str(source), "-o", output.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        done.check_returncode()
+        raise UserError(f"{source.name} for {architecture}: {done.stderr}")
     return parse(done.stderr)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", help="such as sm_80 (repeatable)")
-    options = parser.parse_args()
+def main() -> None:
+    """Parse the command line, compile, print."""
+    options = parse_options(Options, sys.argv[1:], "python -m bench.nvcc", Options())
     if not shutil.which("nvcc"):
-        print("bench.nvcc: nvcc is not in the path", file=sys.stderr)
-        return 1
+        raise UsageError("nvcc is not in the path")
     kernels = [
         kernel
         for source in sorted((CSRC / "cuda").glob("*.cu"))
-        for architecture in options.arch or ARCHITECTURES
+        for architecture in options.arch
         for kernel in compile_kernels(source, architecture)
     ]
     for kernel in kernels:
@@ -89,8 +98,9 @@ def main() -> int:
             f"{kernel.architecture:8} {kernel.name:32} {kernel.registers:4} registers "
             f"{kernel.stack:4} bytes of stack {kernel.spills:4} bytes spilled"
         )
-    return int(any(kernel.spills for kernel in kernels))
+    if spilling := [kernel.name for kernel in kernels if kernel.spills]:
+        raise UserError(f"registers are spilled by {', '.join(spilling)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -19,3 +21,13 @@ ptxas info    : Used 33 registers, used 1 barriers
 @pytest.mark.skipif(not shutil.which("c++filt"), reason="needs binutils")
 def test_spills_are_seen():
     assert nvcc.parse(LOG) == [nvcc.Kernel("pack_kernel<Float32>", "sm_80", 33, 16, 20)]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_an_unknown_architecture_is_one_line():
+    command = [sys.executable, "-m", "bench.nvcc", "--arch", "sm_1"]
+    done = subprocess.run(
+        command, cwd=nvcc.CSRC.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
