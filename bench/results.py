@@ -17,6 +17,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
+# What limits instruction sets and threads, ours and those of PyTorch's libraries.
+LIMITS = (
+    "FASTDREAMER_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_NUM_THREADS",
+)
 
 
 def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
@@ -48,7 +56,7 @@ def origin(device: str = "cpu") -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The model of the device, and of a CPU also the widest vector or matrix unit."""
+    """The model of the device, and of a CPU also the widest vector or matrix unit in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -56,8 +64,9 @@ def device_name(device: str) -> str:
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     model = found[1] if found else platform.processor() or platform.machine()
     units = ("amx_tile", "avx512f", "avx2")
-    unit = next((x for x in units if re.search(rf"\b{x}\b", text)), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, {unit.removesuffix('_tile')}"
+    found_unit = next((x for x in units if re.search(rf"\b{x}\b", text)), platform.machine())
+    unit = os.environ.get("FASTDREAMER_ISA") or found_unit.removesuffix("_tile")
+    return f"{model}, {os.cpu_count()} cores, {unit}"
 
 
 def versions() -> dict[str, str]:
@@ -78,10 +87,11 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line of this process."""
+    """The command line of this process, behind the environment's `LIMITS`."""
     module = sys.modules["__main__"].__spec__
     program = f"python -m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
-    return " ".join([program, *sys.argv[1:]])
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return " ".join([*limits, program, *sys.argv[1:]])
 
 
 def _git(*arguments: str) -> str:

@@ -1,7 +1,7 @@
 """Loads the compiled C libraries that lie in this folder and calls their functions by ctypes.
 
 FASTDREAMER_LIBRARY names another file to load as the CPU library, such as one built with
-sanitizers.
+sanitizers; FASTDREAMER_ISA is the instruction set that it starts with, one of `ISAS`.
 """
 
 from __future__ import annotations
@@ -216,4 +216,10 @@ def _load(device_type: str = "cpu") -> ctypes.CDLL:
             f"{ABI_VERSION}: install fastdreamer again"
         )
     library.fd_error_string.restype = ctypes.c_char_p
+    wanted = os.environ.get("FASTDREAMER_ISA")
+    if device_type == "cpu" and wanted:
+        if wanted not in ISAS:
+            raise RuntimeError(f"FASTDREAMER_ISA={wanted}: {', '.join(ISAS)} are valid")
+        if library.fd_set_isa(ctypes.c_int32(ISAS.index(wanted))):
+            raise RuntimeError(f"FASTDREAMER_ISA={wanted}: the processor lacks it")
     return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,18 @@ def fresh_backends(device):
     yield
     for cached in caches:
         cached.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["portable", "mmx"])
+def test_the_environment_chooses_the_instruction_set(cpp, name):
+    code = "from fastdreamer.kernels import library; print(library.isa())"
+    environment = os.environ | {"FASTDREAMER_ISA": name}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if name in library.ISAS:
+        assert done.stdout == f"{name}\n"
+    else:
+        assert "FASTDREAMER_ISA=mmx: portable, avx2" in done.stderr
 
 
 def test_absent_library(monkeypatch, fresh_backends, tmp_path):

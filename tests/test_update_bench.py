@@ -142,6 +142,13 @@ class TestResult:
         )
 
 
+def test_a_limited_instruction_set_is_part_of_the_record(monkeypatch) -> None:
+    monkeypatch.setenv("FASTDREAMER_ISA", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert results.device_name("cpu").endswith(" cores, avx2")
+    assert results.command().startswith("FASTDREAMER_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ")
+
+
 class TestWorkload:
     @pytest.mark.parametrize(("recipe", "obs"), [("2023", "image"), ("2025", "vector")])
     def test_operations_are_those_of_a_real_update(self, recipe: str, obs: str) -> None:
