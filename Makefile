@@ -24,10 +24,11 @@ train: $(VENV)/.train  ## train on Atari 100k (ARGS="--task MsPacman --seed 1")
 test: $(VENV)/.test  ## run the tests (ARGS="-k lambda_return")
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-lint: $(VENV)/.test  ## check style and types
+lint: $(VENV)/.test  ## check style, types and the README's tables
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m bench.table --check
 
 bench: $(VENV)/.test  ## measure operators and whole updates, append to bench/results/
 	$(VENV)/bin/python -m pytest bench/operators.py $(ARGS)

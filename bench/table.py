@@ -1,6 +1,7 @@
 """``python -m bench.table``: writes the README's results from bench/results.
 
-What stands between the markers in the README is replaced; ``--check`` only compares.
+What stands between the markers in the README is replaced, and so is bench/results/OPERATORS.md;
+``--check`` only compares.
 """
 
 from __future__ import annotations
@@ -17,36 +18,69 @@ from fastdreamer.plan import total_updates
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 START, END = "<!-- results: python -m bench.table -->", "<!-- end of results -->"
+OPERATORS = """\
+# Operators
+
+Medians in float32; the ratio is to the faster of the reference and torch.compile of it.
+`python -m pytest bench/operators.py` measures, `python -m bench.table` writes this file.
+
+"""
+SLOWEST = """\
+Of each operator the pass and shape that is slowest in the reference, float32, medians; the ratio is
+to the faster of the two others. [All of them](bench/results/OPERATORS.md); `make bench` measures
+again. """
 
 
-def operators() -> str:
-    """The latest timing of each operator, pass and shape, as times and ratios."""
-    rows = [json.loads(line) for line in (RESULTS / "operators.jsonl").read_text().splitlines()]
-    latest: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["operator"], row["pass"], tuple(row["shape"]))
-        latest.setdefault(key, {})[row["backend"]] = row
+def timings() -> list[dict[str, Any]]:
+    """What was measured of the operators, oldest first."""
+    return [json.loads(line) for line in (RESULTS / "operators.jsonl").read_text().splitlines()]
+
+
+def operators(every: bool = False) -> str:
+    """The latest timing of each operator, as times and ratios.
+
+    Args:
+        every: each pass and shape, instead of the slowest of them in the reference.
+    """
+    latest: dict[str, dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
+    for row in timings():
+        shapes = latest.setdefault(row["operator"], {})
+        by = shapes.setdefault((row["pass"], tuple(row["shape"])), {})
+        by[row["backend"]] = row
     lines = [
-        "| operator | pass | shape | reference | torch.compile of it | C++ | ratio to the faster |",
+        "| operator | pass | shape | reference | torch.compile of it | C++ | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (operator, pass_, shape), by in latest.items():
-        times = {k: v["median_s"] * 1e6 for k, v in by.items()}
-        cells = [_microseconds(times.get(k)) for k in ("reference", "compile(reference)", "cpp")]
-        others = [v for k, v in times.items() if k != "cpp"]
-        ratio = f"{min(others) / times['cpp']:.1f} x" if others and "cpp" in times else "-"
-        size = " x ".join(map(str, shape))
-        lines.append(f"| `{operator}` | {pass_} | {size} | {' | '.join(cells)} | {ratio} |")
-    last = rows[-1]
-    lines.append(
-        f"\nfloat32, medians, {last['device']}, PyTorch {last['versions']['torch']}; "
-        "`make bench` measures again."
-    )
+    for operator, shapes in latest.items():
+        slowest = max(shapes, key=lambda key: shapes[key]["reference"]["median_s"])
+        for pass_, shape in shapes if every else [slowest]:
+            by = shapes[pass_, shape]
+            lines.append(f"| `{operator}` | {pass_} | {_timing(shape, by)} |")
     return "\n".join(lines)
 
 
-def _microseconds(time: float | None) -> str:
-    return "-" if time is None else f"{time:.0f} us"
+def _timing(shape: tuple[int, ...], by: dict[str, dict[str, Any]]) -> str:
+    """Shape, times and ratio as cells."""
+    times = {backend: row["median_s"] for backend, row in by.items()}
+    cells = [_duration(times.get(k)) for k in ("reference", "compile(reference)", "cpp")]
+    others = [v for k, v in times.items() if k != "cpp"]
+    ratio = f"{min(others) / times['cpp']:.1f} x" if others and "cpp" in times else "-"
+    return " | ".join([" x ".join(map(str, shape)), *cells, ratio])
+
+
+def measured_on() -> str:
+    """Where the latest timings of operators were made."""
+    last = timings()[-1]
+    return (
+        f"{last['device']}, {last['threads']} thread(s), PyTorch {last['versions']['torch']}, "
+        f"commit {last['commit']}."
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
 
 
 def updates() -> str:
@@ -112,16 +146,46 @@ def _score(result: dict[str, Any]) -> str:
     return f"{result['mean']:.4g} ({low:.4g} to {high:.4g}, {len(result['scores'])} episodes)"
 
 
+def acting() -> str:
+    """The latest latency of a policy step by workload and number of environments."""
+    path = RESULTS / "acting.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    latest = {(row["workload"], row["envs"], row["device"]): row for row in rows}
+    if not latest:
+        return ""
+    lines = [
+        "| policy step | environments | device | reference | C++ | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (workload, envs, device), row in latest.items():
+        reference, cpp = (row["seconds"].get(k) for k in ("reference", "cpp"))
+        ratio = f"{reference / cpp:.1f} x" if reference and cpp else "-"
+        cells = [_duration(reference), _duration(cpp)]
+        lines.append(
+            f"| {workload} | {envs} | {device}, {row['threads']} thread(s) | "
+            f"{' | '.join(cells)} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n\nObservation in, action out (`python -m bench.acting`).\n\n"
+
+
 def main() -> None:
-    """Rewrite the README's section, or fail with ``--check`` where it is not up to date."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, _, rest = text.partition(START)
+    """Rewrite the README's section and the file of operators.
+
+    With ``--check`` fail where they are not up to date.
+    """
+    readme = (ROOT / "README.md").read_text()
+    before, _, rest = readme.partition(START)
     _, _, after = rest.partition(END)
-    new = f"{before}{START}\n\n{learning()}\n\n{updates()}{operators()}\n\n{END}{after}"
-    if "--check" in sys.argv[1:]:
-        sys.exit(new != text and "README.md: results are not up to date: python -m bench.table")
-    path.write_text(new)
+    results = f"{learning()}\n\n{updates()}{acting()}{operators()}\n\n{SLOWEST}{measured_on()}"
+    files = {
+        ROOT / "README.md": f"{before}{START}\n\n{results}\n\n{END}{after}",
+        RESULTS / "OPERATORS.md": f"{OPERATORS}{operators(every=True)}\n\n{measured_on()}\n",
+    }
+    for path, text in files.items():
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.name}: results are not up to date: python -m bench.table")
 
 
 if __name__ == "__main__":
