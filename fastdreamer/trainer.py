@@ -189,7 +189,10 @@ class Trainer:
                 rows = self._end(stepped.result())
             except Exception:
                 self.episodes.rows = None
-                self.save()  # what the environment broke is not the run
+                try:
+                    self.save()  # what the environment broke is not the run
+                except UserError as error:
+                    print(f"note: {error}", flush=True)
                 raise
             self.logger.advance(self.config.num_envs)
             self._track(rows)

@@ -277,19 +277,28 @@ def test_one_run_at_a_time_in_a_directory(tmp_path):
         Trainer(parse_config(tiny(tmp_path)))
 
 
-def test_a_broken_environment_loses_nothing(tmp_path):
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_broken_environment_loses_nothing(tmp_path, capsys, diverged):
+    """Its error is what is reported, also where the run cannot be saved."""
+
     class Broken(Counter):
         def step(self, action):
             Broken.steps += 1
             if Broken.steps > 300:  # the check at the start takes 100 of them
+                if diverged:
+                    trainer._metrics["loss/policy"] = torch.tensor(float("nan"))
                 raise OSError("the robot fell over")
             return super().step(action)
 
     Broken.steps = 0
-    with pytest.raises(OSError, match="fell over"):
-        fastdreamer.train(Broken, *tiny(tmp_path), steps=500)
-    (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
-    assert saved.info["step"] > 150 and saved.info["updates"] > 40
+    config = parse_config(tiny(tmp_path, "--steps", "500", "--log.every", "1000"))
+    with Trainer(config, Broken) as trainer, pytest.raises(OSError, match="fell over"):
+        trainer.run()
+    saved = checkpoint.find_all(tmp_path / "checkpoints")
+    assert ("note: loss/" in capsys.readouterr().out) == diverged
+    assert [c.info["step"] > 150 and c.info["updates"] > 40 for c in saved] == [True] * (
+        not diverged
+    )
 
 
 def test_a_diverged_run_keeps_its_checkpoints(tmp_path):
