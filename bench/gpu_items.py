@@ -39,6 +39,8 @@ Row = dict[str, Any]
 
 MEMCHECKED = "rssm or lambda_return"  # tests that compute-sanitizer runs
 PROFILED = 5  # updates
+UNCOMPILED = ("rssm_observe", "rssm_imagine", "agc_laprop", "clip_adam", "ema")
+"""Operators whose reference the compiler would unroll, for minutes."""
 BFLOAT16 = {"rtol": 5e-2, "atol": 5e-2}
 EXECUTIONS = {
     "cpu": {"eager": PLAIN},
@@ -281,9 +283,11 @@ def cases(device: str) -> Iterator[Case]:
         (
             "agc_laprop",
             {"1m": ("1m",), "12m": ("12m",)},
-            lambda x: o.agc_laprop_inputs(*x),
+            lambda x: o.step_inputs("agc_laprop", *x),
             both[:1],
         ),
+        ("clip_adam", {"s": ("s",)}, lambda x: o.step_inputs("clip_adam", *x), both[:1]),
+        ("ema", {r: (r, s) for r, s in o.TARGETS.items()}, lambda x: o.ema_inputs(*x), both[:1]),
     ]
     for label, shapes, make, passes in table:
         for shape in list(shapes.values())[: None if device == "cuda" else 1]:
@@ -305,8 +309,8 @@ def _moved(x: Any, device: str) -> Any:
 def implementation(case: Case, backend: str, device: str) -> Callable | None:
     """The operator on a backend, or None where that has it not."""
     if backend == "compile(reference)":
-        if device == "cpu" or "rssm" in case.name or case.name == "agc_laprop":
-            return None  # the compiler would unroll the loops over steps, for minutes
+        if device == "cpu" or case.name in UNCOMPILED:
+            return None
         torch._dynamo.reset()
         return torch.compile(getattr(operators.REFERENCE, case.name), dynamic=False)
     try:
@@ -327,6 +331,7 @@ def time_case(case: Case, operator: Callable, device: str) -> float:
     expected = case.run(getattr(operators.REFERENCE, case.name), copies[1])
     tolerance = BFLOAT16 if case.half else operators.SUM_TOLERANCE
     torch.testing.assert_close(actual, expected, **tolerance)
+    torch.testing.assert_close(*map(operators.tensors_of, copies), **tolerance)
     if device == "cpu":
         return update.Clock(device).time(lambda: case.run(operator, case.inputs))
     from triton.testing import do_bench_cudagraph

@@ -64,6 +64,8 @@ PASSES = ("forward", "forward+backward")
 # B, D, U, G of both cells; by recipe the size whose weights the scans have.
 STEPS = {"replay": (16, 512, 64, 8), "imagination": (1024, 512, 64, 8)}
 SCANS = {"2025": "1m", "2023": "xs"}
+STEPPED = {"agc_laprop": "12m", "clip_adam": "s"}  # size of the agent
+TARGETS = {"2025": "12m", "2023": "s"}
 # PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
 # Sums over rows cancel, and so do means over bins.
 SUM_TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
@@ -225,17 +227,31 @@ def imagine_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
 
 
 @cache
-def agc_laprop_inputs(size: str) -> list[Any]:
-    """Parameters, gradients and moments of an Atari agent of recipe 2025, and the scalars."""
-    agent = atari_agent("2025", size)
+def step_inputs(name: str, size: str) -> list[Any]:
+    """Parameters, gradients and moments that an Atari agent's step has, and the scalars.
+
+    ``clip_adam`` steps the world model of recipe 2023, ``agc_laprop`` all of recipe 2025.
+    """
+    adam = name == "clip_adam"
+    agent = atari_agent("2023", size).world_model if adam else atari_agent("2025", size)
     params = [p.data for p in agent.parameters() if p.requires_grad]
     g = torch.Generator().manual_seed(0)
     grads, nu, mu = ([torch.randn(p.shape, generator=g) for p in params] for _ in range(3))
-    return [params, grads, [x.square() for x in nu], mu, 1000, 4e-5, 0.3]
+    rate, clip = (1e-4, 1000.0) if adam else (4e-5, 0.3)
+    return [params, grads, [x.square() for x in nu], mu, 1000, rate, clip]
 
 
-def outputs_of(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(results) if isinstance(results, tuple) else [results]
+@cache
+def ema_inputs(recipe: str, size: str) -> list[Any]:
+    """Target critic and critic of an Atari agent, apart from one another."""
+    agent = atari_agent(recipe, size)
+    g = torch.Generator().manual_seed(0)
+    critic = [torch.randn(p.shape, generator=g) for p in agent.critic.parameters()]
+    return [list(agent.target_critic.parameters()), critic, 0.02]
+
+
+def outputs_of(results: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
+    return tensors_of(results if isinstance(results, tuple) else [results])
 
 
 def forward(operator: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
@@ -373,7 +389,17 @@ def bench_rssm_imagine(benchmark, recipe, backend, round_):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("round_", ROUNDS)
-def bench_agc_laprop(benchmark, backend, round_):
-    inputs = agc_laprop_inputs("12m")
-    key = ("agc_laprop", "step", backend, (sum(x.numel() for x in inputs[0]),))
+@pytest.mark.parametrize("name", STEPPED)
+def bench_step(benchmark, name, backend, round_):
+    inputs = step_inputs(name, STEPPED[name])
+    key = (name, "step", backend, (sum(x.numel() for x in inputs[0]),))
     measure(benchmark, forward, key, inputs, rounds=5, tolerance=NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize("recipe", TARGETS)
+def bench_ema(benchmark, recipe, backend, round_):
+    inputs = ema_inputs(recipe, TARGETS[recipe])
+    key = ("ema", "step", backend, (sum(x.numel() for x in inputs[0]),))
+    measure(benchmark, forward, key, inputs, rounds=20)

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 5
+#define FD_ABI_VERSION 6
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -350,6 +350,21 @@ FD_API int32_t fd_agc_laprop(
     float* const* params, const float* const* grads, float* const* nu, float* const* mu,
     const int64_t* sizes, int64_t count, int64_t step, double lr, double clip, double beta1,
     double beta2, double eps, double* grad_norm, int32_t dtype, void* stream);
+
+/* Adam with clipping by global norm, as above: every gradient is multiplied by
+ * min(clip / (grad_norm + 1e-6), 1), then
+ *   mu += (1 - beta1) (g - mu)
+ *   nu += (1 - beta2) (g^2 - nu)
+ *   p -= lr / (1 - beta1^step) mu / (sqrt(nu / (1 - beta2^step)) + eps) */
+FD_API int32_t fd_clip_adam(
+    float* const* params, const float* const* grads, float* const* nu, float* const* mu,
+    const int64_t* sizes, int64_t count, int64_t step, double lr, double clip, double beta1,
+    double beta2, double eps, double* grad_norm, int32_t dtype, void* stream);
+
+/* targets += rate (params - targets), lists as above. */
+FD_API int32_t fd_ema(
+    float* const* targets, const float* const* params, const int64_t* sizes, int64_t count,
+    double rate, int32_t dtype, void* stream);
 
 #ifdef __cplusplus
 }

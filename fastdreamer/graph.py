@@ -13,28 +13,22 @@ T = TypeVar("T")
 Inputs = Mapping[str, Tensor]
 
 WARMUP = 2
-"""Runs before a capture: they compile, choose algorithms and make the optimisers' state."""
+"""Runs before a capture: they compile and choose algorithms."""
 
 
 @contextmanager
 def preserved(
     state: Callable[[], Iterable[Tensor]], generators: Sequence[torch.Generator]
 ) -> Iterator[None]:
-    """Put tensors and generators back, in place, as they were.
-
-    Args:
-        state: the tensors. Those that it gives only afterwards become 0: optimisers make theirs
-            in their first step, and so it starts.
-        generators: whose states are put back.
-    """
-    before = {x.data_ptr(): x.detach().clone() for x in state()}
+    """Put the tensors that ``state`` gives, and generators, back as they were, in place."""
+    before = [(x, x.detach().clone()) for x in state()]
     drawn = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
         with torch.no_grad():
-            for x in state():
-                x.copy_(before[x.data_ptr()]) if x.data_ptr() in before else x.zero_()
+            for x, value in before:
+                x.copy_(value)
         for generator, at in zip(generators, drawn, strict=True):
             generator.set_state(at)
 

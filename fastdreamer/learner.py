@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
@@ -76,6 +76,11 @@ class Learner:
             config.return_decay, config.return_limit, (config.return_low, config.return_high)
         ).to(agent.device)
         self.generator = torch.Generator(agent.device).manual_seed(seed)
+        self.params = {k: p for k, p in agent.named_parameters() if p.requires_grad}
+        self.nu = {k: torch.zeros_like(p) for k, p in self.params.items()}
+        """The optimiser's averages of squared gradients."""
+        self.mu = {k: torch.zeros_like(p) for k, p in self.params.items()}
+        """Its averages of gradients."""
         self.updates = 0
         self.count = torch.zeros((), dtype=torch.int64, device=agent.device)
         """The number of updates where they run: what a captured update reads and advances."""
@@ -89,7 +94,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the agent: optimisers, return scale, generator, update count."""
         return {
-            "optimizer": self._optimizer_state(),
+            "optimizer": {"nu": self.nu, "mu": self.mu},
             "scale": self.scale.state_dict(),
             "generator": self.generator.get_state(),
             "updates": self.updates,
@@ -97,7 +102,12 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of :meth:`state_dict`."""
-        self._load_optimizer(state["optimizer"])
+        optimizer = state["optimizer"]
+        if "nu" not in optimizer:
+            optimizer = self._named(optimizer)
+        for name in self.params:
+            self.nu[name].copy_(optimizer["nu"][name])
+            self.mu[name].copy_(optimizer["mu"][name])
         self.scale.load_state_dict(state["scale"])
         self.generator.set_state(state["generator"].cpu())
         self.updates = state["updates"]
@@ -105,13 +115,23 @@ class Learner:
 
     def tensors(self) -> list[Tensor]:
         """Everything on the device that an update changes, where the next one reads it."""
-        return [*self.agent.parameters(), *self.scale.buffers(), self.count]
+        moments = (*self.nu.values(), *self.mu.values())
+        return [*self.agent.parameters(), *moments, *self.scale.buffers(), self.count]
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        raise NotImplementedError
+    def _named(self, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Moments by parameter from an older checkpoint: a ``torch.optim.Adam`` a network."""
+        named: dict[str, dict[str, Tensor]] = {"nu": {}, "mu": {}}
+        for network, adam in state.items():
+            for i, (name, parameter) in enumerate(getattr(self.agent, network).named_parameters()):
+                moments = adam["state"].get(i, {})  # none before the first update
+                for ours, theirs in (("nu", "exp_avg_sq"), ("mu", "exp_avg")):
+                    moment = moments.get(theirs, torch.zeros_like(parameter))
+                    named[ours][f"{network}.{name}"] = moment
+        return named
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    def progress(self) -> int | Tensor:
+        """Updates done: a number for the host's kernels, on a GPU a scalar tensor there."""
+        return self.updates if self.agent.device.type == "cpu" else self.count
 
     def draw_noise(self, batch: int, length: int) -> UpdateNoise:
         """Fresh randomness for one update of ``batch`` sequences of ``length`` steps."""
@@ -148,12 +168,11 @@ class Learner:
         """The work of :meth:`update`, which the host only enqueues: it may be captured."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def update_target(self) -> None:
         """Target critic <- moving average of the critic, after each update."""
         targets: list[Tensor] = list(self.agent.target_critic.parameters())
-        critic: list[Tensor] = list(self.agent.critic.parameters())
-        torch._foreach_lerp_(targets, critic, self.config.target_rate)
+        critic = [p.data for p in self.agent.critic.parameters()]
+        self.ops.ema(targets, critic, self.config.target_rate)
 
     def observe(
         self, batch: Batch, start: State | None, previous: Tensor, noise: Tensor
@@ -284,40 +303,6 @@ class Learner:
 class SeparateLearner(Learner):
     """Recipe 2023: world model step, imagination with the updated model, actor and critic steps."""
 
-    def __init__(self, agent: Agent, config: LearnerConfig, seed: int = 0):
-        super().__init__(agent, config, seed)
-        self.optimizers = {
-            "world_model": self._adam(
-                agent.world_model, config.lr_world_model, config.eps_world_model
-            ),
-            "actor": self._adam(agent.actor, config.lr_actor, config.eps_actor),
-            "critic": self._adam(agent.critic, config.lr_critic, config.eps_critic),
-        }
-        self.clip = {
-            "world_model": config.clip_world_model,
-            "actor": config.clip_actor,
-            "critic": config.clip_critic,
-        }
-
-    @staticmethod
-    def _adam(module: nn.Module, lr: float, eps: float) -> torch.optim.Optimizer:
-        params = list(module.parameters())
-        on_gpu = params[0].is_cuda
-        return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=on_gpu)
-
-    def tensors(self) -> list[Tensor]:
-        states = (s for o in self.optimizers.values() for s in o.state.values())
-        return [*super().tensors(), *(x for state in states for x in state.values())]
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return {k: o.state_dict() for k, o in self.optimizers.items()}
-
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
-            for group in optimizer.param_groups:  # which the checkpoint's have replaced
-                group["capturable"] = group["params"][0].is_cuda
-
     def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
         noise = noise or self.draw_noise(*batch["reward"].shape)
         with self.agent.products():
@@ -344,34 +329,18 @@ class SeparateLearner(Learner):
 
     def step(self, name: str, loss: Tensor) -> Metrics:
         """Backward, clip by global norm, Adam; returns the norm before clipping."""
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        params = getattr(self.agent, name).parameters()
-        norm = nn.utils.clip_grad_norm_(params, self.clip[name])
-        optimizer.step()
+        names = [k for k in self.params if k.startswith(f"{name}.")]
+        params = [self.params[k] for k in names]
+        grads = list(torch.autograd.grad(loss, params))
+        nu, mu = [self.nu[k] for k in names], [self.mu[k] for k in names]
+        lr, clip, eps = (getattr(self.config, f"{k}_{name}") for k in ("lr", "clip", "eps"))
+        data, step = [p.data for p in params], self.progress() + 1
+        norm = self.ops.clip_adam(data, grads, nu, mu, step, lr, clip, eps=eps)
         return {f"grad_norm/{name}": norm}
 
 
 class JointLearner(Learner):
     """Recipe 2025: one loss, with a replay value loss, one LaProp step, then the target critic."""
-
-    def __init__(self, agent: Agent, config: LearnerConfig, seed: int = 0):
-        super().__init__(agent, config, seed)
-        self.params = {k: p for k, p in agent.named_parameters() if p.requires_grad}
-        self.nu = {k: torch.zeros_like(p) for k, p in self.params.items()}
-        self.mu = {k: torch.zeros_like(p) for k, p in self.params.items()}
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *self.nu.values(), *self.mu.values()]
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return {"nu": self.nu, "mu": self.mu}
-
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        for name in self.params:
-            self.nu[name].copy_(state["nu"][name])
-            self.mu[name].copy_(state["mu"][name])
 
     def learn(self, batch: Batch, noise: UpdateNoise | None = None) -> tuple[Metrics, State]:
         rows, length = batch["reward"].shape
@@ -438,10 +407,6 @@ class JointLearner(Learner):
         rate = warm_up(config.lr, step - 1, config.warmup)
         clip = config.clip_adaptive
         return self.ops.agc_laprop(params, grads, nu, mu, step, rate, clip, eps=config.eps)
-
-    def progress(self) -> int | Tensor:
-        """Updates done: a number for the host's kernels, on a GPU a scalar tensor there."""
-        return self.updates if self.agent.device.type == "cpu" else self.count
 
 
 def warm_up(rate: float, updates: int | Tensor, over: int) -> float | Tensor:

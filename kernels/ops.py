@@ -131,6 +131,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": optim.compiled_agc_laprop,
         "triton": optim.compiled_agc_laprop,
     },
+    "clip_adam": {
+        "reference": optim.clip_adam,
+        "cpp": optim.compiled_clip_adam,
+        "triton": optim.compiled_clip_adam,
+    },
+    "ema": {
+        "reference": optim.ema,
+        "cpp": torch.ops.fastdreamer.ema.default,
+        "triton": torch.ops.fastdreamer.ema.default,
+    },
 }
 
 
@@ -174,6 +184,10 @@ class Ops:
     """Mean over two-hot bins; see `fastdreamer.kernels.twohot`."""
     agc_laprop: Callable[..., Tensor]
     """LaProp step with adaptive clipping, in place; see `fastdreamer.kernels.optim`."""
+    clip_adam: Callable[..., Tensor]
+    """Adam step with clipping by global norm, in place; see `fastdreamer.kernels.optim`."""
+    ema: Callable[..., None]
+    """Exponential moving average, in place; see `fastdreamer.kernels.optim`."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ops:
         return self  # immutable, and shared by the copies of a network

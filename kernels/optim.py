@@ -1,14 +1,18 @@
-"""One optimiser step over all parameters at once: LaProp with adaptive gradient clipping.
+"""One optimiser step over all parameters at once, and the moving average of them.
 
-`agc_laprop` is the plain PyTorch form of ``torch.ops.fastdreamer.agc_laprop``, and takes any
-floating dtype and device. The operator takes tensors of one dtype, float32 or float64: contiguous
-float32 ones are changed by the compiled library or Triton's kernels, others by the plain form.
-Lists of different lengths or shapes raise ValueError, other dtypes TypeError.
+LaProp with adaptive gradient clipping, Adam with clipping by the global norm, and the target
+critic's average. `agc_laprop`, `clip_adam` and `ema` are the plain PyTorch forms of the operators
+``torch.ops.fastdreamer.<name>``, and take any floating dtype and device. The operators take tensors
+of one dtype, float32 or float64: contiguous float32 ones are changed by the compiled library or
+Triton's kernels, others by the plain form. Lists of different lengths or shapes raise ValueError,
+other dtypes TypeError.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +20,16 @@ from torch import Tensor
 from . import library
 from .register import register
 
-AGC_LAPROP_SCHEMA = (
+STEP_SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] nu, Tensor(c!)[] mu, Tensor step, "
-    "Tensor lr, float clip, float beta1=0.9, float beta2=0.999, float eps=1e-20) -> Tensor"
+    "Tensor lr, float clip, float beta1=0.9, float beta2=0.999, float eps={eps}) -> Tensor"
 )
 LISTS = (ctypes.c_void_p,)
 SIZES = (ctypes.c_void_p, ctypes.c_int64)  # sizes, count
-AGC_LAPROP_SIGNATURE = (
+STEP_SIGNATURE = (
     LISTS * 4 + SIZES + library.SIZE + (ctypes.c_double,) * 5 + LISTS + library.DTYPE_AND_STREAM
 )
+EMA_SIGNATURE = LISTS * 2 + SIZES + (ctypes.c_double,) + library.DTYPE_AND_STREAM
 
 
 @torch.no_grad()
@@ -96,6 +101,55 @@ def agc_laprop(
     return torch.stack(torch._foreach_norm(grads)).norm()
 
 
+@torch.no_grad()
+def clip_adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    nu: list[Tensor],
+    mu: list[Tensor],
+    step: int | Tensor,
+    lr: float | Tensor,
+    clip: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Adam in place, on gradients scaled so that the norm of all of them is at most ``clip``.
+
+    Args:
+        params, grads, nu, mu, step, lr: as of `laprop`; nu averages squares, mu gradients.
+
+    Returns:
+        Scalar norm of all gradients before clipping.
+
+    Source: Adam (arXiv 1412.6980), eps outside the root. Equals ``clip_grad_norm_``, which adds
+    1e-6 to the norm, before ``torch.optim.Adam``.
+    """
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    grads = list(torch._foreach_mul(grads, (clip / (norm + 1e-6)).clamp(max=1)))
+    if isinstance(step, Tensor):
+        step = step.double()
+    root, rate = (1 - beta2**step) ** 0.5, -lr / (1 - beta1**step)
+    if isinstance(root, Tensor):
+        root = root.to(params[0].dtype)
+    if isinstance(rate, Tensor):
+        rate = rate.to(params[0].dtype)
+    torch._foreach_lerp_(mu, grads, 1 - beta1)
+    torch._foreach_mul_(nu, beta2)
+    torch._foreach_addcmul_(nu, grads, grads, 1 - beta2)
+    denominator = list(torch._foreach_div(list(torch._foreach_sqrt(nu)), root))
+    torch._foreach_add_(denominator, eps)
+    steps = list(torch._foreach_div(mu, denominator))
+    torch._foreach_add_(params, list(torch._foreach_mul(steps, rate)))
+    return norm
+
+
+@torch.no_grad()
+def ema(targets: list[Tensor], params: list[Tensor], rate: float) -> None:
+    """Exponential moving average in place: targets += rate (params - targets)."""
+    torch._foreach_lerp_(targets, params, rate)
+
+
 def compiled_agc_laprop(
     params: list[Tensor],
     grads: list[Tensor],
@@ -109,38 +163,57 @@ def compiled_agc_laprop(
     eps: float = 1e-20,
 ) -> Tensor:
     """`agc_laprop` by the operator; a GPU does not wait for the host, nor the host for it."""
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"agc_laprop: steps count from 1, got {step}")
-    scalars = (
-        x
-        if isinstance(x, Tensor)
-        else torch.full((), x, dtype=torch.float64, device=params[0].device)
-        for x in (step, lr)
-    )
-    lists = (params, grads, nu, mu)
+    lists, scalars = (params, grads, nu, mu), _scalars("agc_laprop", params, step, lr)
     return torch.ops.fastdreamer.agc_laprop(*lists, *scalars, clip, beta1, beta2, eps)
 
 
-def _check(step: Tensor, lr: Tensor, *lists: list[Tensor]) -> None:
+def compiled_clip_adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    nu: list[Tensor],
+    mu: list[Tensor],
+    step: int | Tensor,
+    lr: float | Tensor,
+    clip: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> Tensor:
+    """`clip_adam` by the operator; a GPU does not wait for the host, nor the host for it."""
+    lists, scalars = (params, grads, nu, mu), _scalars("clip_adam", params, step, lr)
+    return torch.ops.fastdreamer.clip_adam(*lists, *scalars, clip, beta1, beta2, eps)
+
+
+def _scalars(
+    operator: str, params: list[Tensor], step: int | Tensor, lr: float | Tensor
+) -> list[Tensor]:
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(f"{operator}: steps count from 1, got {step}")
+    form: dict[str, Any] = {"dtype": torch.float64, "device": params[0].device}
+    return [x if isinstance(x, Tensor) else torch.full((), x, **form) for x in (step, lr)]
+
+
+def check(operator: str, lists: Sequence[list[Tensor]], scalars: Sequence[Tensor] = ()) -> None:
+    """Raise ValueError or TypeError, with the operator's name, for what it does not take."""
     if len({len(tensors) for tensors in lists}) > 1:
         lengths = ", ".join(str(len(tensors)) for tensors in lists)
-        raise ValueError(f"agc_laprop: lists of one length, got {lengths}")
+        raise ValueError(f"{operator}: lists of one length, got {lengths}")
     for alike in zip(*lists, strict=True):
         shapes = [tuple(x.shape) for x in alike]
         if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"agc_laprop: tensors of equal shapes, got {shapes}")
+            raise ValueError(f"{operator}: tensors of equal shapes, got {shapes}")
     tensors = [x for tensors in lists for x in tensors]
     for x in tensors:
         if x.dtype != tensors[0].dtype or x.dtype not in library.DTYPES:
             dtypes = f"{tensors[0].dtype} and {x.dtype}"
-            raise TypeError(f"agc_laprop: all float32 or all float64, got {dtypes}")
-    for x in (*tensors, step, lr):
+            raise TypeError(f"{operator}: all float32 or all float64, got {dtypes}")
+    for x in (*tensors, *scalars):
         if x.device != tensors[0].device:
-            raise ValueError(f"agc_laprop: inputs on {tensors[0].device} and {x.device}")
+            raise ValueError(f"{operator}: inputs on {tensors[0].device} and {x.device}")
 
 
-def _compiled(*changed: list[Tensor]) -> bool:
-    """The library and the kernels can change these in place."""
+def changeable(*changed: list[Tensor]) -> bool:
+    """Whether the library and the kernels can change these in place."""
     return all(
         x.dtype == torch.float32 and x.is_contiguous() for tensors in changed for x in tensors
     )
@@ -154,50 +227,68 @@ def _sizes(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
 
 
-def _fake(
-    params: list[Tensor],
-    grads: list[Tensor],
-    nu: list[Tensor],
-    mu: list[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    clip: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-20,
-) -> Tensor:
-    _check(step, lr, params, grads, nu, mu)
-    return params[0].new_empty(())
+def _step_operator(name: str, reference: Callable[..., Tensor], eps: float) -> None:
+    """Register an operator of `STEP_SCHEMA`, which the library has as ``fd_<name>``."""
+
+    def fake(
+        params: list[Tensor],
+        grads: list[Tensor],
+        nu: list[Tensor],
+        mu: list[Tensor],
+        step: Tensor,
+        lr: Tensor,
+        *_: float,
+    ) -> Tensor:
+        check(name, (params, grads, nu, mu), (step, lr))
+        return params[0].new_empty(())
+
+    def cpu(
+        params: list[Tensor],
+        grads: list[Tensor],
+        nu: list[Tensor],
+        mu: list[Tensor],
+        step: Tensor,
+        lr: Tensor,
+        clip: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = eps,
+    ) -> Tensor:
+        grad_norm = fake(params, grads, nu, mu, step, lr)
+        scalars = (int(step.item()), lr.item(), clip, beta1, beta2, eps)
+        if not changeable(params, nu, mu):
+            return reference(params, grads, nu, mu, *scalars)
+        grads = [x.contiguous() for x in grads]
+        norm = ctypes.c_double()
+        library.function(f"fd_{name}", STEP_SIGNATURE)(
+            *map(_pointers, (params, grads, nu, mu)),
+            _sizes(params),
+            len(params),
+            *scalars,
+            ctypes.addressof(norm),
+            library.DTYPES[torch.float32],
+            None,
+        )
+        return grad_norm.fill_(norm.value)
+
+    register(name, STEP_SCHEMA.format(eps=eps), cpu, fake)
 
 
-def _cpu(
-    params: list[Tensor],
-    grads: list[Tensor],
-    nu: list[Tensor],
-    mu: list[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    clip: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-20,
-) -> Tensor:
-    grad_norm = _fake(params, grads, nu, mu, step, lr, clip)
-    scalars = (int(step.item()), lr.item(), clip, beta1, beta2, eps)
-    if not _compiled(params, nu, mu):
-        return agc_laprop(params, grads, nu, mu, *scalars)
-    grads = [x.contiguous() for x in grads]
-    norm = ctypes.c_double()
-    library.function("fd_agc_laprop", AGC_LAPROP_SIGNATURE)(
-        *map(_pointers, (params, grads, nu, mu)),
-        _sizes(params),
-        len(params),
-        *scalars,
-        ctypes.addressof(norm),
-        library.DTYPES[torch.float32],
-        None,
-    )
-    return grad_norm.fill_(norm.value)
+def _fake_ema(targets: list[Tensor], params: list[Tensor], rate: float) -> None:
+    check("ema", (targets, params))
 
 
-register("agc_laprop", AGC_LAPROP_SCHEMA, _cpu, _fake)
+def _cpu_ema(targets: list[Tensor], params: list[Tensor], rate: float) -> None:
+    check("ema", (targets, params))
+    if not changeable(targets):
+        ema(targets, params, rate)
+        return
+    params = [x.contiguous() for x in params]
+    lists = (*map(_pointers, (targets, params)), _sizes(targets), len(targets))
+    dtype = library.DTYPES[torch.float32]
+    library.function("fd_ema", EMA_SIGNATURE)(*lists, rate, dtype, None)
+
+
+_step_operator("agc_laprop", agc_laprop, 1e-20)
+_step_operator("clip_adam", clip_adam, 1e-8)
+register("ema", "(Tensor(a!)[] targets, Tensor[] params, float rate) -> ()", _cpu_ema, _fake_ema)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdreamer import kernels
 from fastdreamer.execution import Act, Execution, Update
 from fastdreamer.graph import Graphed, preserved
-from fastdreamer.learner import JointLearner, Learner, SeparateLearner, UpdateNoise, warm_up
+from fastdreamer.learner import JointLearner, Learner, UpdateNoise, warm_up
 from fastdreamer.stored import unpack
 
 EAGER = Execution("fp32", compile=False, graph=False)
@@ -63,9 +63,6 @@ def test_an_update_runs_where_there_are_no_values(recipe, monkeypatch):
     generator = torch.Generator()
     monkeypatch.setattr(torch, "Generator", lambda device: generator)
     learner = Learner.make(here.agent.to("meta"), here.config)
-    if isinstance(learner, SeparateLearner):  # PyTorch's Adam has no form for this device
-        modules = {k: getattr(learner.agent, k) for k in learner.optimizers}
-        learner.optimizers = {k: torch.optim.SGD(m.parameters()) for k, m in modules.items()}
     metrics, _ = learner.learn(batch, noise)
     assert len(metrics) > 10 and all(value.is_meta for value in metrics.values())
     for read in (Tensor.item, Tensor.cpu, Tensor.nonzero, bool):
@@ -130,8 +127,7 @@ def test_a_rehearsal_leaves_nothing_behind(ops, recipe):
         graphed.rehearse(batch)
         after = [learners[1].tensors(), learners[1].generator.get_state()]
         assert torch.equal(before[1], after[1])
-        if seed:  # before the first update the optimisers had no state
-            assert_equal(before[0], after[0])
+        assert_equal(before[0], after[0])
         assert learners[1].updates == seed
         assert_equal(plain(batch), rehearsed(batch))
     assert_equal(learners[0].agent.state_dict(), learners[1].agent.state_dict())
@@ -331,7 +327,7 @@ def test_an_update_on_a_gpu_does_not_synchronise(recipe, request):
     learner = on_cuda(recipe, "auto")
     update = Update(learner, EAGER)
     batch = {k: v.cuda() for k, v in replayed(learner).items()}
-    update(batch)  # makes the optimisers' state and loads kernels
+    update(batch)  # loads kernels
     request.getfixturevalue("refused_sync")
     update(batch)
 

@@ -21,18 +21,20 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from execution_common import replayed, tiny_learner
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import RECIPE_2025, TINY, Counter, curve, lines, newer, run, start, tiny, wait_until
 
-from fastdreamer import checkpoint
+from fastdreamer import checkpoint, kernels
 from fastdreamer.checkpoint import Checkpoint
 from fastdreamer.cli import parse_config
 from fastdreamer.evaluate import Options, evaluate
 from fastdreamer.learner import Learner
 from fastdreamer.logger import _wait_for_later_name
 from fastdreamer.plan import total_updates
+from fastdreamer.stored import unpack
 from fastdreamer.trainer import Trainer
 
 CARTPOLE = {
@@ -168,6 +170,29 @@ class Trap:
 
     def __setstate__(self, state):
         Trap.sprung = True
+
+
+def test_a_checkpoint_with_adams_of_pytorch_loads():
+    """As 2023 had them until it had an operator: a state for each network, by number."""
+    ops = kernels.resolve("reference")
+    old, new = (tiny_learner("2023", ops, lr_actor=1e-2) for _ in range(2))
+    networks = {k: getattr(old.agent, k) for k in ("world_model", "actor", "critic")}
+    adams = {k: torch.optim.Adam(x.parameters()) for k, x in networks.items()}
+    state = old.state_dict() | {"optimizer": {k: x.state_dict() for k, x in adams.items()}}
+    new.load_state_dict(state)
+    assert all(not x.any() for x in (*new.nu.values(), *new.mu.values()))
+    old.update(unpack(replayed(old), old.agent))
+    for network, adam in adams.items():
+        for name, parameter in networks[network].named_parameters():
+            nu, mu = old.nu[f"{network}.{name}"], old.mu[f"{network}.{name}"]
+            adam.state[parameter] = {"step": torch.tensor(1.0), "exp_avg_sq": nu, "exp_avg": mu}
+    state = old.state_dict() | {"optimizer": {k: x.state_dict() for k, x in adams.items()}}
+    new.load_state_dict(state)
+    new.agent.load_state_dict(old.agent.state_dict())
+    for learner in (old, new):
+        learner.update(unpack(replayed(learner, 1), learner.agent))
+    for ours, theirs in zip(new.tensors(), old.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_only_a_resumed_run_unpickles(tmp_path):

@@ -14,11 +14,14 @@ namespace fastdreamer {
 
 FD_DECLARE(double sum_of_squares(const float*, int64_t))
 FD_DECLARE(void laprop_step(float*, const float*, float*, float*, int64_t, const LaPropStep&))
+FD_DECLARE(void adam_step(float*, const float*, float*, float*, int64_t, const AdamStep&))
+FD_DECLARE(void ema(float*, const float*, int64_t, float))
 
 namespace {
 
 constexpr int64_t kBlock = 16384;
 constexpr double kSmallestNorm = 1e-3;  // what a parameter's norm counts as at least
+constexpr double kNormOffset = 1e-6;    // of clipping by the global norm, as PyTorch has it
 
 struct Block {
   int64_t tensor, begin, size;
@@ -60,6 +63,12 @@ std::vector<double> squares(
   return totals;
 }
 
+double norm_of_all(const std::vector<double>& squares) {
+  double total = 0;
+  for (const double square : squares) total += square;
+  return sqrt(total);
+}
+
 // What scales a gradient so that its norm is at most clip times its parameter's; NaN stays.
 float clip_scale(double grad_squares, double param_squares, double clip) {
   const double norm = sqrt(param_squares);
@@ -82,9 +91,7 @@ int32_t fd_agc_laprop(
   const std::vector<Block> blocks = blocks_of(sizes, count);
   const std::vector<double> of_params = squares(params, count, blocks);
   const std::vector<double> of_grads = squares(grads, count, blocks);
-  double total = 0;
-  for (const double square : of_grads) total += square;
-  *grad_norm = sqrt(total);
+  *grad_norm = norm_of_all(of_grads);
   parallel_for(blocks.size(), [&](int64_t i) {
     const int64_t t = blocks[i].tensor, at = blocks[i].begin, n = blocks[i].size;
     const LaPropStep scalars{
@@ -95,6 +102,42 @@ int32_t fd_agc_laprop(
         static_cast<float>(lr / (1 - pow(beta1, step))),
         static_cast<float>(eps)};
     FD_DISPATCH(laprop_step(params[t] + at, grads[t] + at, nu[t] + at, mu[t] + at, n, scalars))
+  });
+  return FD_OK;
+}
+
+int32_t fd_clip_adam(
+    float* const* params, const float* const* grads, float* const* nu, float* const* mu,
+    const int64_t* sizes, int64_t count, int64_t step, double lr, double clip, double beta1,
+    double beta2, double eps, double* grad_norm, int32_t dtype, void*) {
+  if (step < 1) return FD_ERROR_SIZE;
+  if (const int32_t error = check({params, grads, nu, mu}, sizes, count, dtype)) return error;
+  if (grad_norm == nullptr) return FD_ERROR_NULL_POINTER;
+  const std::vector<Block> blocks = blocks_of(sizes, count);
+  *grad_norm = norm_of_all(squares(grads, count, blocks));
+  const double scale = clip / (*grad_norm + kNormOffset);
+  const AdamStep scalars{
+      static_cast<float>(scale > 1 ? 1 : scale),  // NaN stays
+      static_cast<float>(1 - beta1),
+      static_cast<float>(1 - beta2),
+      static_cast<float>(1 / (1 - pow(beta2, step))),
+      static_cast<float>(lr / (1 - pow(beta1, step))),
+      static_cast<float>(eps)};
+  parallel_for(blocks.size(), [&](int64_t i) {
+    const int64_t t = blocks[i].tensor, at = blocks[i].begin, n = blocks[i].size;
+    FD_DISPATCH(adam_step(params[t] + at, grads[t] + at, nu[t] + at, mu[t] + at, n, scalars))
+  });
+  return FD_OK;
+}
+
+int32_t fd_ema(
+    float* const* targets, const float* const* params, const int64_t* sizes, int64_t count,
+    double rate, int32_t dtype, void*) {
+  if (const int32_t error = check({targets, params}, sizes, count, dtype)) return error;
+  const std::vector<Block> blocks = blocks_of(sizes, count);
+  parallel_for(blocks.size(), [&](int64_t i) {
+    const int64_t t = blocks[i].tensor, at = blocks[i].begin;
+    FD_DISPATCH(ema(targets[t] + at, params[t] + at, blocks[i].size, static_cast<float>(rate)))
   });
   return FD_OK;
 }

@@ -13,6 +13,15 @@ struct LaPropStep {
   float eps;
 };
 
+struct AdamStep {
+  float scale;     // of the gradient
+  float mu_rate;   // 1 - beta1
+  float nu_rate;   // 1 - beta2
+  float nu_scale;  // 1 / (1 - beta2^step)
+  float rate;      // lr / (1 - beta1^step)
+  float eps;
+};
+
 }  // namespace fastdreamer
 
 #endif

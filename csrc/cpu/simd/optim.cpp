@@ -43,5 +43,24 @@ void laprop_step(
   }
 }
 
+// mu += mu_rate (g - mu);  nu += nu_rate (g^2 - nu);  p -= rate mu / (sqrt(nu_scale nu) + eps)
+// with g = scale grad
+void adam_step(
+    float* __restrict p, const float* __restrict grad, float* __restrict nu, float* __restrict mu,
+    int64_t n, const AdamStep& step) {
+  const AdamStep s = step;
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = grad[i] * s.scale;
+    mu[i] += s.mu_rate * (g - mu[i]);
+    nu[i] += s.nu_rate * (g * g - nu[i]);
+    p[i] -= s.rate * (mu[i] / (sqrtf(nu[i] * s.nu_scale) + s.eps));
+  }
+}
+
+// target += rate (p - target)
+void ema(float* __restrict target, const float* __restrict p, int64_t n, float rate) {
+  for (int64_t i = 0; i < n; ++i) target[i] += rate * (p[i] - target[i]);
+}
+
 }  // namespace FD_ISA
 }  // namespace fastdreamer
