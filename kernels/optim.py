@@ -195,21 +195,15 @@ def _scalars(
 
 def check(operator: str, lists: Sequence[list[Tensor]], scalars: Sequence[Tensor] = ()) -> None:
     """Raise ValueError or TypeError, with the operator's name, for what it does not take."""
-    if len({len(tensors) for tensors in lists}) > 1:
-        lengths = ", ".join(str(len(tensors)) for tensors in lists)
-        raise ValueError(f"{operator}: lists of one length, got {lengths}")
-    for alike in zip(*lists, strict=True):
-        shapes = [tuple(x.shape) for x in alike]
-        if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"{operator}: tensors of equal shapes, got {shapes}")
+    shapes = [[x.shape for x in tensors] for tensors in lists]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"{operator}: lists of tensors of equal shapes, got {shapes}")
     tensors = [x for tensors in lists for x in tensors]
-    for x in tensors:
-        if x.dtype != tensors[0].dtype or x.dtype not in library.DTYPES:
-            dtypes = f"{tensors[0].dtype} and {x.dtype}"
-            raise TypeError(f"{operator}: all float32 or all float64, got {dtypes}")
-    for x in (*tensors, *scalars):
-        if x.device != tensors[0].device:
-            raise ValueError(f"{operator}: inputs on {tensors[0].device} and {x.device}")
+    dtypes, devices = {x.dtype for x in tensors}, {x.device for x in (*tensors, *scalars)}
+    if len(dtypes) > 1 or not dtypes <= library.DTYPES.keys():
+        raise TypeError(f"{operator}: all float32 or all float64, got {dtypes}")
+    if len(devices) > 1:
+        raise ValueError(f"{operator}: inputs on one device, got {devices}")
 
 
 def changeable(*changed: list[Tensor]) -> bool:
