@@ -62,14 +62,20 @@ inline int32_t check_layers(const fd_layer* layers, int64_t count, int64_t input
   return FD_OK;
 }
 
+inline int32_t check_posterior(const fd_rssm& model) {
+  if (model.head_layers != 2) return FD_ERROR_SIZE;
+  if (int32_t error = check_layers(model.head, 2, model.deter, false)) return error;
+  if (model.head[0].outputs != model.hidden ||
+      model.head[1].outputs != model.stoch * model.classes)
+    return FD_ERROR_SIZE;
+  return FD_OK;
+}
+
 inline int32_t check_observe(const fd_rssm* model, const fd_observe* scan) {
   if (!model || !scan) return FD_ERROR_NULL_POINTER;
   if (int32_t error = check_model(*model)) return error;
-  if (scan->B < 0 || scan->T < 0 || model->head_layers != 2) return FD_ERROR_SIZE;
-  if (int32_t error = check_layers(model->head, 2, model->deter, false)) return error;
-  if (model->head[0].outputs != model->hidden ||
-      model->head[1].outputs != model->stoch * model->classes)
-    return FD_ERROR_SIZE;
+  if (scan->B < 0 || scan->T < 0) return FD_ERROR_SIZE;
+  if (int32_t error = check_posterior(*model)) return error;
   if (scan->B == 0 || scan->T == 0) return FD_OK;
   const bool hidden = model->cell == FD_CELL_GRU || scan->hidden;
   if (!hidden || any_null({scan->start_deter, scan->start_index, scan->initial_deter,
@@ -80,20 +86,15 @@ inline int32_t check_observe(const fd_rssm* model, const fd_observe* scan) {
   return FD_OK;
 }
 
-inline int32_t check_imagine(const fd_rssm* pointer, const fd_imagine* rollout) {
-  if (!pointer || !rollout) return FD_ERROR_NULL_POINTER;
-  if (int32_t error = check_model(*pointer)) return error;
-  const fd_rssm& model = *pointer;
-  const fd_imagine& args = *rollout;
-  if (args.N < 0 || args.H < 0 || args.policy_layers < 1 || args.policy_layers > kMaxLayers ||
-      args.parts < 1 || args.parts > kMaxHeads / 2 || !is_share(args.policy_mix))
+// The policy of fd_imagine or fd_act.
+template <typename Arguments>
+inline int32_t check_policy(const fd_rssm& model, const Arguments& args) {
+  if (args.policy_layers < 1 || args.policy_layers > kMaxLayers || args.parts < 1 ||
+      args.parts > kMaxHeads / 2 || !is_share(args.policy_mix))
     return FD_ERROR_SIZE;
   if (any_null({args.policy, args.part_sizes, args.discrete, args.heads})) return FD_ERROR_NULL_POINTER;
-  const int64_t latent = model.stoch * model.classes;
-  if (int32_t error = check_layers(model.head, model.head_layers, model.deter, false)) return error;
-  if (model.head[model.head_layers - 1].outputs != latent) return FD_ERROR_SIZE;
-  if (int32_t error = check_layers(args.policy, args.policy_layers, model.deter + latent, true))
-    return error;
+  const int64_t features = model.deter + model.stoch * model.classes;
+  if (int32_t error = check_layers(args.policy, args.policy_layers, features, true)) return error;
   const int64_t units = args.policy[args.policy_layers - 1].outputs;
   int64_t total = 0, head = 0;
   for (int64_t i = 0; i < args.parts; total += args.part_sizes[i++])
@@ -102,11 +103,46 @@ inline int32_t check_imagine(const fd_rssm* pointer, const fd_imagine* rollout) 
         return FD_ERROR_SIZE;
       if (!args.heads[head].weight) return FD_ERROR_NULL_POINTER;
     }
-  if (total != model.action) return FD_ERROR_SIZE;
+  return total == model.action ? FD_OK : FD_ERROR_SIZE;
+}
+
+inline int32_t check_imagine(const fd_rssm* pointer, const fd_imagine* rollout) {
+  if (!pointer || !rollout) return FD_ERROR_NULL_POINTER;
+  if (int32_t error = check_model(*pointer)) return error;
+  const fd_rssm& model = *pointer;
+  const fd_imagine& args = *rollout;
+  if (args.N < 0 || args.H < 0) return FD_ERROR_SIZE;
+  if (int32_t error = check_layers(model.head, model.head_layers, model.deter, false)) return error;
+  if (model.head[model.head_layers - 1].outputs != model.stoch * model.classes) return FD_ERROR_SIZE;
+  if (int32_t error = check_policy(model, args)) return error;
   if (args.N == 0) return FD_OK;
   if (any_null({args.start_deter, args.start_index, args.action_noise, args.feat, args.index,
                 args.action}) ||
       (args.H > 0 && !args.noise))
+    return FD_ERROR_NULL_POINTER;
+  return FD_OK;
+}
+
+inline int32_t check_policy_step(const fd_rssm* pointer, const fd_act* step) {
+  if (!pointer || !step) return FD_ERROR_NULL_POINTER;
+  if (int32_t error = check_model(*pointer)) return error;
+  const fd_rssm& model = *pointer;
+  const fd_act& args = *step;
+  if (args.N < 0 || args.embedding_layers < 1 || args.embedding_layers > kMaxLayers)
+    return FD_ERROR_SIZE;
+  if (int32_t error = check_posterior(model)) return error;
+  if (!args.embedding) return FD_ERROR_NULL_POINTER;
+  const int64_t last = args.embedding_layers - 1;
+  if (args.embedding[0].inputs < 1 || args.embedding[last].outputs != model.hidden)
+    return FD_ERROR_SIZE;
+  if (int32_t error =
+          check_layers(args.embedding, args.embedding_layers, args.embedding[0].inputs, false))
+    return error;
+  if (int32_t error = check_policy(model, args)) return error;
+  if (args.N > 0 && any_null({args.deter, args.stoch, args.action, args.x, args.is_first,
+                              args.initial_deter, args.initial_stoch, args.noise,
+                              args.action_noise, args.next_deter, args.next_stoch,
+                              args.next_action}))
     return FD_ERROR_NULL_POINTER;
   return FD_OK;
 }

@@ -165,6 +165,37 @@ typedef struct fd_imagine {
 FD_API int32_t fd_rssm_imagine(
     const fd_rssm* model, const fd_imagine* rollout, fd_launch* launch);
 
+/* One step of N environments: a posterior step, from the initial state and a zero action where
+ * is_first, then the policy's action. Meant for few rows: weights are read as they lie. */
+typedef struct fd_act {
+  int64_t N;
+  const float* deter;         /* (N, D) */
+  const float* stoch;         /* (N, S, K) one-hot or zeros */
+  const float* action;        /* (N, A) that followed them */
+  const float* x;             /* (N, inputs of embedding[0]) of the observation */
+  const uint8_t* is_first;    /* (N,) */
+  const float* initial_deter; /* (D,) */
+  const float* initial_stoch; /* (S, K) */
+  const float* noise;         /* (N, S, K) Gumbel */
+  const float* action_noise;  /* (N, A) as in fd_imagine */
+  float* next_deter;          /* (N, D) */
+  float* next_stoch;          /* (N, S, K) */
+  float* next_action;         /* (N, A) */
+  const fd_layer* embedding;  /* over x; the last is its share of head[0], with bias, no norm */
+  int64_t embedding_layers;
+  const fd_layer* policy;     /* this and all below as in fd_imagine */
+  int64_t policy_layers;
+  int32_t deter_first;
+  float policy_mix;
+  int64_t parts;
+  const int64_t* part_sizes;
+  const uint8_t* discrete;
+  const fd_layer* heads;
+} fd_act;
+
+/* The model's head is that of fd_rssm_observe. */
+FD_API int32_t fd_policy_step(const fd_rssm* model, const fd_act* step, fd_launch* launch);
+
 /* The one-hot share of a linear layer, FD_FLOAT32: y (N, O) += for each of S latents the row of
  * table (S K, O) that its class names; index (N, S), -1: none. Backward: dtable += dy likewise. */
 FD_API int32_t fd_latent_gather(

@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from torch import Tensor
 
 from fastdreamer.kernels.ops import Ops
+from fastdreamer.kernels.rssm_imagine import bounded_normal
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class BoundedNormal:
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
-        self.mean, self.std = torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1
+        self.mean, self.std = bounded_normal(mean, std)
 
     def sample(self, noise: Tensor) -> Tensor:
         return (self.mean + self.std * noise).detach()

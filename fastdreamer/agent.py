@@ -211,12 +211,18 @@ class Agent(nn.Module):
         Returns:
             The carry for the next call; its ``action`` is the one to take (see ``spec.decode``).
         """
-        rssm = self.world_model.rssm
+        action_noise = torch.zeros_like(noise.action) if mode else noise.action
+        rssm, encoder, state = self.world_model.rssm, self.world_model.encoder, carry.state
         with self.products():
-            scan = rssm.start_scan(self.world_model.encoder(obs))
-            state, _ = rssm.observe_step(
-                carry.state, carry.action, scan, scan.embedded, is_first, noise.stoch
-            )
+            if self.device.type == "cpu":
+                x, layers = encoder.begin(obs)
+                weights = rssm.weights(resets=bool(is_first.any()))
+                inputs = (state.deter, state.stoch, carry.action, x, is_first, noise.stoch)
+                layers, policy = (*layers, rssm.embedding()), self.actor.weights()
+                step = self.ops.policy_step(weights, layers, policy, *inputs, action_noise)
+                return Carry(State(*step[:2]), step[2])
+            scan = rssm.start_scan(encoder(obs))
+            steps = (scan, scan.embedded, is_first, noise.stoch)
+            state, _ = rssm.observe_step(state, carry.action, *steps)
             policy = self.actor(rssm.features(state))
-        action = torch.zeros_like(noise.action) if mode else noise.action
-        return Carry(state, policy.sample(action))
+        return Carry(state, policy.sample(action_noise))

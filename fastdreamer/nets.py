@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from gymnasium.spaces import Box
@@ -259,9 +259,21 @@ class Encoder(nn.Module):
                 x = x.permute(0, 3, 1, 2)
             parts.append(x.reshape(*lead, -1))
         if self.vectors:
-            x = torch.cat([symlog(obs[k].to(dtype)) for k in self.vectors], -1)
-            parts.append(self.mlp(x))
+            parts.append(self.mlp(self._vector(obs)))
         return torch.cat(parts[::-1] if self.recipe.vectors_first else parts, -1)
+
+    def begin(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Layer, ...]]:
+        """A vector (..., I) and the layers that make it the embedding.
+
+        Where there are images, the embedding itself and no layers.
+        """
+        if self.images:
+            return full(self(obs)), ()
+        return self._vector(obs), tuple(cast(Dense, x).weights() for x in self.mlp.hidden)
+
+    def _vector(self, obs: Mapping[str, Tensor]) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        return torch.cat([symlog(obs[k].to(dtype)) for k in self.vectors], -1)
 
 
 class LinearStem(nn.Module):

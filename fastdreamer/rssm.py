@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
@@ -154,16 +153,20 @@ class RSSM(nn.Module):
         The learned one is deter = tanh of a parameter and the mode of its prior.
         """
         if not self.recipe.learned_initial:
-            weight = self.posterior.out.weight
-            return State(weight.new_zeros(self.deter), weight.new_zeros(self.latent))
+            return self.zeros()
         deter = torch.tanh(self.initial_deter)
         logp = self.prior(deter).detach()
         return State(deter, self.ops.sample(logp, torch.zeros_like(logp)))
 
-    def weights(self) -> RSSMWeights:
-        """All weights, as the scans take them."""
+    def zeros(self) -> State:
+        """A state of zeros, deter (D,), stoch (S, K)."""
+        weight = self.posterior.out.weight
+        return State(weight.new_zeros(self.deter), weight.new_zeros(self.latent))
+
+    def weights(self, resets: bool = True) -> RSSMWeights:
+        """All weights, as the scans take them; zeros to start from where there are no resets."""
         first, out = self.posterior.weights()
-        initial = self.initial()
+        initial = self.initial() if resets else self.zeros()
         return RSSMWeights(
             cell=self.cell.weights(),
             posterior=(first._replace(weight=first.weight[:, : self.deter], bias=None), out),
@@ -179,9 +182,12 @@ class RSSM(nn.Module):
 
         The embedding's share of the posterior's first product is one product for all steps.
         """
+        return Scan(self.weights(), self.embedding()(embed, self.cell.norm.eps))
+
+    def embedding(self) -> Layer:
+        """The embedding's share of the posterior's first product, with the bias."""
         linear = cast(Dense, self.posterior.hidden[0]).linear
-        embedded = F.linear(embed, linear.weight[:, self.deter :], linear.bias)
-        return Scan(self.weights(), full(embedded))
+        return Layer(linear.weight[:, self.deter :], linear.bias)
 
     def observe_step(
         self,

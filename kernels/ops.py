@@ -26,6 +26,7 @@ from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
+from .policy_step import policy_step, policy_step_cpp
 from .rssm_imagine import rssm_imagine, rssm_imagine_cpp, rssm_imagine_cuda
 from .rssm_observe import rssm_observe, rssm_observe_cpp, rssm_observe_cuda
 from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
@@ -65,6 +66,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": rssm_imagine,
         "cpp": rssm_imagine_cpp,
         "cuda": rssm_imagine_cuda,
+    },
+    "policy_step": {
+        "reference": policy_step,
+        "cpp": policy_step_cpp,
     },
     "latent_linear": {
         "reference": latent_linear,
@@ -158,6 +163,8 @@ class Ops:
     """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
     rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
+    policy_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """One step of environments; see `fastdreamer.kernels.policy_step`."""
     latent_linear: Callable[..., Tensor]
     """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
     norm_act: Callable[..., Tensor]

@@ -68,8 +68,16 @@ class PolicyWeights(NamedTuple):
     def _part(self, raw: Sequence[Tensor], noise: Tensor) -> Tensor:
         if len(raw) == 1:
             return sample(unimix(raw[0], self.mix), noise)
-        mean, std = raw
-        return torch.tanh(mean) + (0.9 * torch.sigmoid(std + 2) + 0.1) * noise
+        mean, std = bounded_normal(*raw)
+        return mean + std * noise
+
+
+def bounded_normal(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean in (-1, 1) and standard deviation in (0.1, 1) of a Gaussian, from raw (..., n).
+
+    Source: DreamerV3's "bounded_normal".
+    """
+    return torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1
 
 
 @torch.no_grad()
@@ -110,6 +118,18 @@ _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
 TENSORS = ("start_deter", "start_index", "noise", "action_noise", "feat", "index", "action")
 
 
+POLICY_FIELDS = (
+    ("policy", ctypes.POINTER(CLayer)),
+    ("policy_layers", _SIZE),
+    ("deter_first", ctypes.c_int32),
+    ("policy_mix", ctypes.c_float),
+    ("parts", _SIZE),
+    ("part_sizes", ctypes.POINTER(ctypes.c_int64)),
+    ("discrete", ctypes.POINTER(ctypes.c_uint8)),
+    ("heads", ctypes.POINTER(CLayer)),
+)
+
+
 class CImagine(Arguments):
     """``fd_imagine``."""
 
@@ -117,14 +137,7 @@ class CImagine(Arguments):
         ("N", _SIZE),
         ("H", _SIZE),
         *((k, _POINTER) for k in TENSORS),
-        ("policy", ctypes.POINTER(CLayer)),
-        ("policy_layers", _SIZE),
-        ("deter_first", ctypes.c_int32),
-        ("policy_mix", ctypes.c_float),
-        ("parts", _SIZE),
-        ("part_sizes", ctypes.POINTER(ctypes.c_int64)),
-        ("discrete", ctypes.POINTER(ctypes.c_uint8)),
-        ("heads", ctypes.POINTER(CLayer)),
+        *POLICY_FIELDS,
     ]
 
 
@@ -189,7 +202,7 @@ def _takes(
     policy = placeholder_layers(deter + stoch * classes, layers)
     heads = [placeholder_layers(layers[-1], [n])[0] for n, count in parts for _ in range(count)]
     tensors = dict.fromkeys(TENSORS, SOMEWHERE)
-    rollout = _rollout(policy, heads, parts, N=rows, H=horizon, **tensors)
+    rollout = CImagine.of(N=rows, H=horizon, **tensors, **_policy(policy, heads, parts))
     return library.takes("fd_rssm_imagine", device, compute, placeholder_model(sizes), rollout)
 
 
@@ -209,7 +222,6 @@ def _compute(
     action_noise: Tensor,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = [layer for head in policy.heads for layer in head]
     _check(weights, policy, deter, stoch, noise, action_noise)
     weights = contiguous(weights)
     rows, horizon = noise.shape[:2]
@@ -217,10 +229,7 @@ def _compute(
     feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
     index = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
     actions = torch.empty_like(starts[3])
-    rollout = _rollout(
-        [c_layer(layer) for layer in policy.layers],
-        [c_layer(layer) for layer in heads],
-        [(head[0].weight.shape[0], len(head)) for head in policy.heads],
+    rollout = CImagine.of(
         N=rows,
         H=horizon,
         start_deter=starts[0],
@@ -230,27 +239,33 @@ def _compute(
         feat=feat,
         index=index,
         action=actions,
-        deter_first=policy.deter_first,
-        policy_mix=policy.mix,
+        **c_policy(policy),
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.launch("fd_rssm_imagine", deter, compute, model, rollout)
     return feat, index, actions
 
 
-def _rollout(
-    layers: list[CLayer], heads: list[CLayer], parts: Sequence[tuple[int, int]], **values: Any
-) -> Any:
+def c_policy(policy: PolicyWeights) -> dict[str, Any]:
+    """The `POLICY_FIELDS`; their pointers are valid while the weights live."""
+    heads = [c_layer(layer) for head in policy.heads for layer in head]
+    parts = [(head[0].weight.shape[0], len(head)) for head in policy.heads]
+    order = {"deter_first": policy.deter_first, "policy_mix": policy.mix}
+    return order | _policy([c_layer(layer) for layer in policy.layers], heads, parts)
+
+
+def _policy(
+    layers: list[CLayer], heads: list[CLayer], parts: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     """parts: of the action, the outputs of each one's layers, and their number."""
-    return CImagine.of(
-        policy=(CLayer * len(layers))(*layers),
-        policy_layers=len(layers),
-        parts=len(parts),
-        part_sizes=(ctypes.c_int64 * len(parts))(*(size for size, _ in parts)),
-        discrete=(ctypes.c_uint8 * len(parts))(*(count == 1 for _, count in parts)),
-        heads=(CLayer * len(heads))(*heads),
-        **values,
-    )
+    return {
+        "policy": (CLayer * len(layers))(*layers),
+        "policy_layers": len(layers),
+        "parts": len(parts),
+        "part_sizes": (ctypes.c_int64 * len(parts))(*(size for size, _ in parts)),
+        "discrete": (ctypes.c_uint8 * len(parts))(*(count == 1 for _, count in parts)),
+        "heads": (CLayer * len(heads))(*heads),
+    }
 
 
 def _check(
@@ -275,9 +290,14 @@ def _check(
         if x.dtype != torch.float32:
             raise TypeError(f"rssm_imagine: {name} must be torch.float32, got {x.dtype}")
     check_weights("rssm_imagine", weights, actions, weights.prior)
-    shapes = layer_shapes(policy.layers, width + weights.initial_stoch.numel())
+    check_policy("rssm_imagine", policy, width + weights.initial_stoch.numel())
+
+
+def check_policy(operator: str, policy: PolicyWeights, features: int) -> None:
+    """Raise as `check_weights` does."""
+    shapes = layer_shapes(policy.layers, features)
     for head in policy.heads:
         for layer in head:
             shapes += layer_shapes([layer], policy.layers[-1].weight.shape[0])
             shapes.append((layer.weight, tuple(head[0].weight.shape)))
-    check_shapes("rssm_imagine", shapes)
+    check_shapes(operator, shapes)

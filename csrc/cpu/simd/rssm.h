@@ -58,6 +58,33 @@ static inline void draw_latents(
     index[s] = draw(logp + s * model.classes, noise + s * model.classes, model.classes);
 }
 
+static inline void write_one_hot(const fd_rssm& model, const int32_t* index, float* stoch) {
+  fill(stoch, 0, model.stoch * model.classes);
+  for (int64_t s = 0; s < model.stoch; ++s)
+    if (index[s] >= 0) stoch[s * model.classes + index[s]] = 1;
+}
+
+// An action as the cell takes it.
+static inline void limit_action(const fd_rssm& model, const float* from, float* to) {
+  for (int64_t i = 0; i < model.action; ++i) {
+    const float size = from[i] < 0 ? -from[i] : from[i];
+    to[i] = model.cell == FD_CELL_BLOCK_GRU && size > 1 ? from[i] / size : from[i];
+  }
+}
+
+static inline void draw_action(const float* logp, const float* noise, float* action, int64_t n) {
+  const int32_t drawn = draw(logp, noise, n);
+  for (int64_t i = 0; i < n; ++i) action[i] = i == drawn;
+}
+
+// mean + std noise with mean = tanh(raw), std = 0.9 sigmoid(raw + 2) + 0.1.
+static inline void normal_action(const float* raw, const float* noise, float* action, int64_t n) {
+  by_vectors(n, [&](int64_t i, int c) {
+    const Vec std = 0.9f * sigmoid(load_some(raw + n + i, c) + 2.0f) + 0.1f;
+    store_some(action + i, tanh(load_some(raw + i, c)) + std * load_some(noise + i, c), c);
+  });
+}
+
 }  // namespace FD_ISA
 }  // namespace fastdreamer
 

@@ -79,12 +79,12 @@ class Rollout {
         const Rows<const float> old{deter.data - F, deter.stride};
         const Rows<const int32_t> drawn{index.data - S, index.stride};
         const Rows<float> taken{scratch, A};
-        for (int64_t m = 0; m < M; ++m) limit_action(action[m] - A, taken[m]);
+        for (int64_t m = 0; m < M; ++m) limit_action(model_, action[m] - A, taken[m]);
         cell_.step(
             M, old, drawn, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
         draw_prior(begin, M, t - 1, deter, index, x, y, logp);
       }
-      for (int64_t m = 0; m < M; ++m) write_one_hot(index[m], stoch[m]);
+      for (int64_t m = 0; m < M; ++m) write_one_hot(model_, index[m], stoch[m]);
       act(begin, M, t, deter, index, action, x, y);
     }
   }
@@ -95,19 +95,6 @@ class Rollout {
       copy(args_.start_deter + (begin + m) * model_.deter, deter[m], model_.deter);
       for (int64_t s = 0; s < model_.stoch; ++s)
         index[m][s] = args_.start_index[(begin + m) * model_.stoch + s];
-    }
-  }
-
-  void write_one_hot(const int32_t* index, float* stoch) const {
-    fill(stoch, 0, latent_);
-    for (int64_t s = 0; s < model_.stoch; ++s)
-      if (index[s] >= 0) stoch[s * model_.classes + index[s]] = 1;
-  }
-
-  void limit_action(const float* from, float* to) const {
-    for (int64_t i = 0; i < model_.action; ++i) {
-      const float size = from[i] < 0 ? -from[i] : from[i];
-      to[i] = model_.cell == FD_CELL_BLOCK_GRU && size > 1 ? from[i] / size : from[i];
     }
   }
 
@@ -161,19 +148,6 @@ class Rollout {
   void product(int64_t head, int64_t M, Rows<float> x, Rows<float> to) const {
     start_rows(to, args_.heads[head].bias, M, args_.heads[head].outputs);
     gemm(M, x.data, x.stride, heads_[head], to.data, to.stride, true);
-  }
-
-  static void draw_action(const float* logp, const float* noise, float* action, int64_t n) {
-    const int32_t drawn = draw(logp, noise, n);
-    for (int64_t i = 0; i < n; ++i) action[i] = i == drawn;
-  }
-
-  // mean + std noise with mean = tanh(raw), std = 0.9 sigmoid(raw + 2) + 0.1.
-  static void normal_action(const float* raw, const float* noise, float* action, int64_t n) {
-    by_vectors(n, [&](int64_t i, int c) {
-      const Vec std = 0.9f * sigmoid(load_some(raw + n + i, c) + 2.0f) + 0.1f;
-      store_some(action + i, tanh(load_some(raw + i, c)) + std * load_some(noise + i, c), c);
-    });
   }
 
   const fd_rssm& model_;
