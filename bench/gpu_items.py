@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 MEMCHECKED = "rssm or lambda_return"  # tests that compute-sanitizer runs
 PROFILED = 5  # updates
-UNCOMPILED = ("rssm_observe", "rssm_imagine", "agc_laprop", "clip_adam", "ema")
+UNCOMPILED = ("rssm_observe", "rssm_imagine", "agc_laprop", "clip_adam", "ema", "policy_step")
 """Operators whose reference the compiler would unroll, for minutes."""
 BFLOAT16 = {"rtol": 5e-2, "atol": 5e-2}
 EXECUTIONS = {
@@ -280,6 +280,10 @@ def cases(device: str) -> Iterator[Case]:
             (f"rssm_imagine {r}-{s}", {"starts": (1024, 15)}, scan_inputs("imagine", r), both[:1])
             for r, s in o.SCANS.items()
         ),
+        *(
+            (f"policy_step {r}-{s}", {n: (n,) for n in o.ENVS}, policy_inputs(r), both[:1])
+            for r, s in o.SCANS.items()
+        ),
         (
             "agc_laprop",
             {"1m": ("1m",), "12m": ("12m",)},
@@ -300,6 +304,11 @@ def scan_inputs(scan: str, recipe: str) -> Callable[[tuple[int, int]], list[Any]
     """Of a scan: (rows, steps) -> its inputs."""
     make = operators.observe_inputs if scan == "observe" else operators.imagine_inputs
     return lambda shape: make(recipe, *shape)
+
+
+def policy_inputs(recipe: str) -> Callable[[tuple[int]], list[Any]]:
+    """Of a policy step: (environments,) -> its inputs."""
+    return lambda shape: operators.policy_step_inputs(recipe, *shape)
 
 
 def _moved(x: Any, device: str) -> Any:

@@ -64,6 +64,7 @@ PASSES = ("forward", "forward+backward")
 # B, D, U, G of both cells; by recipe the size whose weights the scans have.
 STEPS = {"replay": (16, 512, 64, 8), "imagination": (1024, 512, 64, 8)}
 SCANS = {"2025": "1m", "2023": "xs"}
+ENVS = (1, 8)
 STEPPED = {"agc_laprop": "12m", "clip_adam": "s"}  # size of the agent
 TARGETS = {"2025": "12m", "2023": "s"}
 # PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
@@ -191,6 +192,14 @@ def leaves(tree: Any) -> Any:
     return tree
 
 
+def detached(tree: Any) -> Any:
+    """The same tuples without gradient."""
+    if isinstance(tree, tuple):
+        parts = map(detached, tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree.detach() if isinstance(tree, Tensor) else tree
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     if isinstance(tree, list | tuple):
         return [x for part in tree for x in tensors_of(part)]
@@ -224,6 +233,20 @@ def imagine_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
     start = torch.zeros(rows, rssm.deter), torch.zeros(rows, *rssm.latent)
     noise = clear_noise(rows, steps, *rssm.latent), clear_noise(rows, steps + 1, 18)
     return [weights, policy, *start, *noise]
+
+
+@cache
+def policy_step_inputs(recipe: str, rows: int) -> list[Any]:
+    """Of a policy step behind the encoder."""
+    agent, g = atari_agent(recipe, SCANS[recipe]), torch.Generator().manual_seed(0)
+    rssm, embedding = agent.world_model.rssm, agent.world_model.rssm.embedding()
+    weights, policy = detached(rssm.weights()), detached(agent.actor.weights())
+    state = torch.randn(rows, rssm.deter, generator=g), torch.zeros(rows, *rssm.latent)
+    state[1][..., 0] = 1
+    x = torch.randn(rows, embedding.weight.shape[1], generator=g)
+    first = torch.zeros(rows, dtype=torch.bool)
+    steps = (torch.eye(18)[:rows], x, first, clear_noise(rows, *rssm.latent))
+    return [weights, (detached(embedding),), policy, *state, *steps, clear_noise(rows, 18)]
 
 
 @cache
@@ -385,6 +408,15 @@ def bench_rssm_imagine(benchmark, recipe, backend, round_):
     key = (f"rssm_imagine {recipe}-{SCANS[recipe]}", "forward", backend, (1024, 15))
     inputs = imagine_inputs(recipe, 1024, 15)
     measure(benchmark, forward, key, inputs, 3, tolerance=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize("rows", ENVS)
+@pytest.mark.parametrize("recipe", SCANS)
+def bench_policy_step(benchmark, recipe, rows, backend, round_):
+    key = (f"policy_step {recipe}-{SCANS[recipe]}", "forward", backend, (rows,))
+    measure(benchmark, forward, key, policy_step_inputs(recipe, rows), tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

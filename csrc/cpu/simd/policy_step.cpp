@@ -7,8 +7,9 @@ namespace fastdreamer {
 namespace FD_ISA {
 namespace {
 
-constexpr int kSide = 4;                 // rows, and outputs or vectors of them, at once
-constexpr int64_t kGrain = 128 * 1024;  // multiply-adds that are worth another thread
+constexpr int kRows = kLanes == 16 ? 4 : 3;  // at once: their sums stay in registers
+constexpr int kSide = 4;                     // outputs, or vectors of them, at once
+constexpr int64_t kGrain = 128 * 1024;       // multiply-adds that are worth another thread
 
 static inline int64_t grain(int64_t work) { return kGrain / (work + 1) + 1; }
 
@@ -59,11 +60,11 @@ static inline void columns(
     }
 }
 
-// Calls body(row, number of rows as a constant) for up to kSide of M rows at a time.
+// Calls body<number of rows>(first row) for kRows of M rows at a time, and for the rest.
 template <typename Body>
 static inline void by_rows(int64_t M, const Body& body) {
   int64_t m = 0;
-  for (; m + kSide <= M; m += kSide) body.template operator()<kSide>(m);
+  for (; m + kRows <= M; m += kRows) body.template operator()<kRows>(m);
   if (M - m == 3) body.template operator()<3>(m);
   if (M - m == 2) body.template operator()<2>(m);
   if (M - m == 1) body.template operator()<1>(m);
@@ -85,23 +86,30 @@ struct Dots {
   }
 };
 
+template <int vectors>
 struct Columns {
-  int64_t K, N;
+  int64_t K, stride;
   Rows<const float> x;
   const float* b;
   Rows<float> y;
+  int count;
   template <int rows>
   void operator()(int64_t m) const {
-    const Rows<const float> from{x[m], x.stride};
-    int64_t n = 0;
-    for (; n + kSide * kLanes <= N; n += kSide * kLanes)
-      columns<rows, kSide>(K, from, b + n, N, {y[m] + n, y.stride}, kLanes);
-    for (; n < N; n += kLanes) {
-      const int count = N - n < kLanes ? static_cast<int>(N - n) : kLanes;
-      columns<rows, 1>(K, from, b + n, N, {y[m] + n, y.stride}, count);
-    }
+    columns<rows, vectors>(K, {x[m], x.stride}, b, stride, {y[m], y.stride}, count);
   }
 };
+
+// y (M, N) += x (M, K) B, with B (K, N).
+static void block_product(
+    int64_t M, int64_t K, int64_t N, Rows<const float> x, const float* b, Rows<float> y) {
+  int64_t n = 0;
+  for (; n + kSide * kLanes <= N; n += kSide * kLanes)
+    by_rows(M, Columns<kSide>{K, N, x, b + n, {y.data + n, y.stride}, kLanes});
+  for (; n < N; n += kLanes) {
+    const int count = N - n < kLanes ? static_cast<int>(N - n) : kLanes;
+    by_rows(M, Columns<1>{K, N, x, b + n, {y.data + n, y.stride}, count});
+  }
+}
 
 // y (M, outputs) += x W^T.
 static void product(const fd_layer& layer, int64_t M, Rows<const float> x, Rows<float> y) {
@@ -120,14 +128,17 @@ static void product(const fd_layer& layer, int64_t M, Rows<const float> x, Rows<
 static void gather(
     const fd_rssm& model, const fd_layer& layer, int64_t M, Rows<const int32_t> index,
     Rows<float> y) {
-  parallel_ranges(layer.outputs, grain(model.stoch * M), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o)
+  constexpr int64_t block = 8;
+  const int64_t blocks = (layer.outputs + block - 1) / block;
+  parallel_ranges(blocks, grain(block * model.stoch * M), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * block; o < end * block; o += block)
       for (int64_t m = 0; m < M; ++m) {
-        const float* w = layer.weight + o * layer.stride;
-        float sum = 0;
-        for (int64_t s = 0; s < model.stoch; ++s, w += model.classes)
-          if (index[m][s] >= 0) sum += w[index[m][s]];
-        y[m][o] += sum;
+        const int64_t count = layer.outputs - o < block ? layer.outputs - o : block;
+        for (int64_t s = 0; s < model.stoch; ++s) {
+          if (index[m][s] < 0) continue;
+          const float* w = layer.weight + o * layer.stride + s * model.classes + index[m][s];
+          for (int64_t i = 0; i < count; ++i) y[m][o + i] += w[i * layer.stride];
+        }
       }
   });
 }
@@ -231,8 +242,8 @@ class Step {
       for (int64_t g = begin; g < end; ++g) {
         const float* weight = cell.hidden_weight + g * (width + X) * width;
         const Rows<float> part{hidden.data + g * width, hidden.stride};
-        by_rows(M_, Columns{width, width, {hx.data + g * width, hx.stride}, weight, part});
-        by_rows(M_, Columns{X, width, {hx.data + D, hx.stride}, weight + width * width, part});
+        block_product(M_, width, width, {hx.data + g * width, hx.stride}, weight, part);
+        block_product(M_, X, width, {hx.data + D, hx.stride}, weight + width * width, part);
       }
     });
     const Rows<float> z{scratch, D};
@@ -240,9 +251,9 @@ class Step {
     start_rows(gates, cell.gate_bias, M_, 3 * D);
     parallel_ranges(G, grain(3 * width * width * M_), [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g)
-        by_rows(M_, Columns{width, 3 * width, {z.data + g * width, D},
-                            cell.gate_weight + g * width * 3 * width,
-                            {gates.data + 3 * g * width, gates.stride}});
+        block_product(M_, width, 3 * width, {z.data + g * width, D},
+                      cell.gate_weight + g * width * 3 * width,
+                      {gates.data + 3 * g * width, gates.stride});
     });
     for (int64_t m = 0; m < M_; ++m) apply_gates(gates[m], hx[m], next[m], D, G);
   }
