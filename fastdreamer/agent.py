@@ -221,6 +221,7 @@ class Agent(nn.Module):
                 layers, policy = (*layers, rssm.embedding()), self.actor.weights()
                 step = self.ops.policy_step(weights, layers, policy, *inputs, action_noise)
                 return Carry(State(*step[:2]), step[2])
+            # On a GPU by the operators of its backend, which are captured as one graph.
             scan = rssm.start_scan(encoder(obs))
             steps = (scan, scan.embedded, is_first, noise.stoch)
             state, _ = rssm.observe_step(state, carry.action, *steps)
