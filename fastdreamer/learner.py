@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
+from fastdreamer.kernels.heads import Head
 from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.losses import (
     ReturnScale,
@@ -54,7 +55,7 @@ class Imagined:
     """An imagined rollout and what the heads say of it; (N, H + 1, ...), start first."""
 
     feat: Tensor
-    latents: Latents
+    policy_hidden: Tensor  # of the actor's last hidden layer, with gradient to it
     actions: Tensor
     rewards: Tensor
     conts: Tensor
@@ -224,10 +225,18 @@ class Learner:
         """Rewards, values and returns of a rollout; arguments as in :class:`Imagined`."""
         agent, config, ops, bins = self.agent, self.config, self.ops, self.recipe.bins
         model = agent.world_model
-        value_logits = agent.critic(feat, latents)
+        given = [
+            Head(model.reward.weights(), bins),
+            Head(agent.target_critic.weights(), bins),
+            Head(model.cont.weights()),
+            Head(agent.critic.weights(), trained=True),
+            Head(agent.actor.mlp.weights(), trained=True),
+        ]
+        rewards, target_values, logits, value_logits, hidden = ops.heads(
+            feat, latents, given, model.reward.eps
+        )
         with torch.no_grad():
-            rewards = ops.twohot_mean(model.reward(feat, latents), bins)
-            logits = model.cont(feat, latents).squeeze(-1)
+            logits = logits.squeeze(-1)
             if self.recipe.soft_continue:  # the discount is in the probability
                 conts, gamma = torch.sigmoid(logits), 1.0
             else:
@@ -237,10 +246,9 @@ class Learner:
             discount = gamma * conts
             lam = discount.new_full((), config.lam).expand_as(rewards[:, 1:])
             returns = ops.lambda_return(rewards[:, 1:], discount[:, 1:], values[:, 1:], lam)
-            target_values = ops.twohot_mean(agent.target_critic(feat, latents), bins)
             return Imagined(
                 feat=feat,
-                latents=latents,
+                policy_hidden=hidden,
                 actions=actions,
                 rewards=rewards,
                 conts=conts,
@@ -270,7 +278,7 @@ class Learner:
 
     def policy_loss(self, imagined: Imagined) -> tuple[Tensor, Tensor]:
         """The actor's loss and the mean entropy of its policy (scalars)."""
-        policy = self.agent.actor(imagined.feat, imagined.latents)
+        policy = self.agent.actor.policy(imagined.policy_hidden)
         log_prob, entropy = policy.log_prob(imagined.actions)[:, :-1], policy.entropy()[:, :-1]
         weight, scale = imagined.weight[:, :-1], self.config.entropy_scale
         return actor_loss(log_prob, entropy, imagined.advantage, weight, scale), entropy.mean()

@@ -154,9 +154,10 @@ void twohot_loss_backward_rows(
         dloss[i], logits + i * K, y + i * M, bins, stats + 2 * i, dlogits + i * K, M, K);
 }
 
+// Rows that lie `stride` elements apart.
 void twohot_mean_rows(
-    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K) {
-  for (int64_t i = 0; i < rows; ++i) mean[i] = mean_row(logits + i * K, bins, K);
+    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) mean[i] = mean_row(logits + i * stride, bins, K);
 }
 
 }  // namespace FD_ISA
