@@ -107,7 +107,7 @@ class Heads {
       if (!layer.scale) continue;
       keep(begin, M, first, layer.outputs, kept);
       const Norm norm{layer.scale, layer.shift, layer.shift != nullptr, args_.eps};
-      for (int64_t m = 0; m < M; ++m) norm_row<true>(norm, first[m], first[m], layer.outputs);
+      norm_each_row<true>(norm, M, first.data, first.stride, first.data, first.stride, layer.outputs);
       if (l + 1 < head.count) keep(begin, M, first, layer.outputs, kept);
     }
     const int64_t outputs = head.layers[head.count - 1].outputs;
