@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from bench.results import origin, record
-from bench.update import Clock, check
+from bench.update import PRODUCT, check
 from bench.workload import Update
 from fastdreamer.cli import parse, run
 from fastdreamer.errors import UsageError
@@ -129,8 +129,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = sorted(rounds, key=lambda spent: sum(spent.values()))[len(rounds) // 2]
     with workload.counted() as (counted, reference, counter):
         flops = metered(counted, reference, counter.get_total_flops)
-    clock = Clock("cpu")
-    peak = max(clock.peak(torch.float32) for _ in range(3))
+    peak = fastest_product(read)
     parts = {
         name: {"seconds": seconds.get(name, 0.0), "flops": int(flops.get(name, 0))}
         for name in sorted({*seconds, *flops}, key=lambda name: -seconds.get(name, 0.0))
@@ -147,6 +146,18 @@ def measure(options: Options) -> dict[str, Any]:
         "flops": sum(part["flops"] for part in parts.values()),
         "parts": parts,
     }
+
+
+def fastest_product(read: Callable[[], float]) -> float:
+    """FLOP/s of the fastest of a few float32 products of large square matrices."""
+    rows = PRODUCT["cpu"]
+    a, b = torch.randn(rows, rows), torch.randn(rows, rows)
+    seconds = []
+    for _ in range(10):
+        started = read()
+        a @ b
+        seconds.append(read() - started)
+    return 2 * rows**3 / min(seconds)
 
 
 def metered(update: Update, learner: Learner, read: Callable[[], float]) -> dict[str, float]:
@@ -179,7 +190,9 @@ def divided(learner: Learner, meter: Meter) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, part in parts:
             if hasattr(owner, name):
-                stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), meter, part)))
+                stack.enter_context(
+                    patch.object(owner, name, timed(getattr(owner, name), meter, part))
+                )
         for name in ("grad", "backward"):
             function = getattr(torch.autograd, name)
             stack.enter_context(patch.object(torch.autograd, name, backward(function, meter)))
@@ -200,7 +213,7 @@ def timed(function: Callable[..., Any], meter: Meter, part: str) -> Callable[...
 
 
 def backward(function: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
-    """One of autograd's functions of a loss, whose nodes tell the meter to which part they belong."""
+    """One of autograd's functions of a loss: its nodes tell the meter the parts that made them."""
 
     def call(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         meter.enter(f"{REST} of backward")

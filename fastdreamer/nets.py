@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from gymnasium.spaces import Box
@@ -136,7 +136,7 @@ class MLP(nn.Module):
 
     def weights(self) -> tuple[Layer, ...]:
         """As the kernels take them, the output layer last if there is one."""
-        hidden = tuple(block.weights() for block in self.hidden)
+        hidden = tuple(cast(Dense, block).weights() for block in self.hidden)
         if isinstance(self.out, nn.Identity):
             return hidden
         return (*hidden, Layer(self.out.weight, self.out.bias))
@@ -144,7 +144,9 @@ class MLP(nn.Module):
     @property
     def eps(self) -> float:
         """Of its norms."""
-        return self.hidden[0].norm.eps
+        eps = cast(Dense, self.hidden[0]).norm.eps
+        assert eps is not None
+        return eps
 
 
 class ConvBlock(nn.Module):

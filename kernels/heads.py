@@ -26,8 +26,8 @@ MAX_FEATURE_HEADS = 16  # of one call, as in csrc/gru.h
 class Head(NamedTuple):
     """Layers behind one another on features.
 
-    layers: all but perhaps the last with a norm. layout: of two-hot bins, whose mean is wanted; None
-    for the outputs themselves. trained: with gradient to the weights; then without layout.
+    layers: all but perhaps the last with a norm. layout: of two-hot bins, whose mean is wanted;
+    None for the outputs themselves. trained: with gradient to the weights; then without layout.
     """
 
     layers: tuple[Layer, ...]
@@ -92,6 +92,11 @@ def _by_operators(feat: Tensor, latents: Latents | None, head: Head, eps: float)
         return x if head.layout is None else operators.twohot_mean(x, head.layout)
 
 
+SHARED_WEIGHTS = 2**18
+"""Of all first layers, up to which one product for all is faster on a CPU: a core's second cache
+keeps them. Beyond, heads with gradient are also faster layer by layer."""
+
+
 def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
     """`heads` by the C++ library for float32; other types, and mixed precision, by operators.
 
@@ -101,6 +106,16 @@ def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float)
     if feat.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not fits:
         return heads_by_operators(feat, latents, given, eps)
     _check_feat(feat)
+    if sum(head.layers[0].weight.numel() for head in given) <= SHARED_WEIGHTS:
+        return _by_library(feat, latents, given, eps)
+    alone = []
+    for head in given:
+        operator = heads_by_operators if head.trained else _by_library
+        alone += operator(feat, latents, [head], eps)
+    return alone
+
+
+def _by_library(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
     tensors = [x for head in given for layer in head.layers for x in layer]
     counts, layouts = [len(head.layers) for head in given], [head.layout or "" for head in given]
     rows = feat.flatten(0, -2), latents.drawn.flatten(0, -2)
@@ -109,13 +124,14 @@ def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float)
         outputs = torch.ops.fastdreamer.heads(
             *rows, tensors, counts, layouts, trained, latents.start, latents.classes, eps
         )
-    results, kept = outputs[: len(given)], iter(outputs[len(given) :])
-    for i, head in enumerate(given):
-        if trained[i]:
+    results, kept = [], iter(outputs[len(given) :])
+    for head, y, wants in zip(given, outputs, trained, strict=False):
+        if wants:
             weights = [x for layer in head.layers for x in layer]
             options = (latents.start, latents.classes, eps)
-            results[i] = _Trained.apply(results[i], next(kept), *rows, *options, *weights)
-    return [y.unflatten(0, feat.shape[:-1]) for y in results]
+            y = _Trained.apply(y, next(kept), *rows, *options, *weights)
+        results.append(y.unflatten(0, feat.shape[:-1]))
+    return results
 
 
 class _Trained(torch.autograd.Function):
@@ -138,7 +154,7 @@ class _Trained(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, feat, index, *weights = ctx.saved_tensors
         head = Head(tuple(Layer(*weights[i : i + 4]) for i in range(0, len(weights), 4)))
         before, inputs = _kept_matrices(kept, head, feat)
@@ -157,9 +173,7 @@ class _Trained(torch.autograd.Function):
         return *(None,) * 7, *grads
 
 
-def _first_gradient(
-    dy: Tensor, feat: Tensor, index: Tensor, start: int, classes: int
-) -> Tensor:
+def _first_gradient(dy: Tensor, feat: Tensor, index: Tensor, start: int, classes: int) -> Tensor:
     """Of the weight over features (O, D + S K), by the drawn classes where that is faster."""
     if classes < FEWEST_CLASSES:
         return dy.t() @ feat
@@ -172,12 +186,11 @@ def _kept_widths(head: Head) -> list[int]:
     return [n for i, n in normed for _ in range(1 + (i + 1 < len(head.layers)))]
 
 
-def _kept_matrices(
-    kept: Tensor, head: Head, feat: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+def _kept_matrices(kept: Tensor, head: Head, feat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What each layer's norm took, and what each layer took."""
     widths, rows = _kept_widths(head), len(feat)
-    matrices = [x.view(rows, -1) for x in kept.split([rows * n for n in widths])]
+    parts = kept.split([rows * n for n in widths])
+    matrices = [x.view(rows, n) for x, n in zip(parts, widths, strict=True)]
     return matrices[::2], [feat, *matrices[1::2]]
 
 
