@@ -6,7 +6,8 @@ Legend: B batch, T time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,21 +100,31 @@ class Workload:
 
     def update(self, ops: Ops, execution: Execution = PLAIN) -> Update:
         """One update of ours, on new parameters, from a batch as the replay gives it."""
-        agent, batch = self.agent(ops), dict(self.batch)
+        return self.update_of(Learner.make(self.agent(ops), self.learner), execution)
+
+    def update_of(self, learner: Learner, execution: Execution = PLAIN) -> Update:
+        """One update of a learner of ours from a batch as the replay gives it."""
+        batch = dict(self.batch)
         if "stoch" in batch:
             batch["stoch"] = batch["stoch"].argmax(-1).to(torch.uint8)
-        update = execution_module.Update(Learner.make(agent, self.learner), execution)
+        update = execution_module.Update(learner, execution)
         return lambda: update(batch)
 
     def flops(self) -> int:
         """Dense floating-point operations of one update, by the reference; nothing is computed."""
+        with self.counted() as (update, _, counter):
+            update()
+        return counter.get_total_flops()
+
+    @contextmanager
+    def counted(self) -> Iterator[tuple[Update, Learner, FlopCounterMode]]:
+        """An update of the reference in which nothing is computed, its learner, and the counter."""
         agent = self.agent(resolve("reference"))
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             learner = Learner.make(copy.deepcopy(agent), self.learner)
             batch = {k: fake.from_tensor(v) for k, v in self.batch.items()}
             with FlopCounterMode(display=False) as counter:
-                learner.update(batch)
-        return counter.get_total_flops()
+                yield lambda: learner.update(batch), learner, counter
 
 
 def _observation(space: Box, shape: tuple[int, int], g: torch.Generator) -> Tensor:

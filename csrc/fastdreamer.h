@@ -205,6 +205,30 @@ FD_API int32_t fd_latent_scatter(
     const float* dy, const int32_t* index, float* dtable, int64_t N, int64_t S, int64_t K,
     int64_t O, int32_t dtype, void* stream);
 
+/* Layers behind one another on features: all but perhaps the last with a norm and SiLU, a LayerNorm
+ * where `shift` is given, else an RMSNorm. */
+typedef struct fd_head {
+  const fd_layer* layers; /* the first over D + S K features */
+  int64_t count;          /* 1 to 8 */
+  const float* bins;      /* (outputs,) of a two-hot head, an odd number; or null */
+  float* y;               /* (N, outputs), or with bins (N,): sum of softmax(outputs) bins */
+  float* kept;            /* or null: for each layer with a norm what it took and, but for the last
+                           * layer, what it gave, (N, outputs) behind one another */
+} fd_head;
+
+/* Heads on the same N features of deter and one-hot latents, FD_FLOAT32. */
+typedef struct fd_heads {
+  int64_t N, deter, stoch, classes;
+  int32_t deter_first;  /* order of the features */
+  float eps;            /* of every norm */
+  const float* feat;    /* (N, D + S K) */
+  const int32_t* index; /* (N, S) class of each latent, -1: all of its entries are 0 */
+  const fd_head* heads;
+  int64_t count;        /* 1 to 16 */
+} fd_heads;
+
+FD_API int32_t fd_run_heads(const fd_heads* heads);
+
 /* A recurrent cell behind its input layers, over a state (rows, D) and an input x (rows, U);
  * G = blocks. */
 typedef struct fd_gru {

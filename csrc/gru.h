@@ -6,7 +6,7 @@
 
 namespace fastdreamer {
 
-constexpr int64_t kMaxBlocks = 64, kMaxLayers = 8, kMaxHeads = 64;
+constexpr int64_t kMaxBlocks = 64, kMaxLayers = 8, kMaxHeads = 64, kMaxFeatureHeads = 16;
 
 inline int64_t input_width(const fd_rssm& model) {
   return model.cell == FD_CELL_GRU ? model.hidden : 3 * model.hidden;

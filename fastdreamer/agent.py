@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy, gumbel
 from fastdreamer.config import ModelConfig
-from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
 from fastdreamer.kernels.rssm_weights import Layer
@@ -72,8 +71,11 @@ class Actor(nn.Module):
                 {k: _policy_head(model.units, part.size, recipe) for k in outputs}
             )
 
-    def forward(self, feat: Tensor, latents: Latents | None = None) -> Policy:
-        x = self.mlp(feat, latents)
+    def forward(self, feat: Tensor) -> Policy:
+        return self.policy(self.mlp(feat))
+
+    def policy(self, x: Tensor) -> Policy:
+        """The distributions from the output of ``mlp``."""
         parts: dict[str, Categorical | BoundedNormal] = {}
         for part in self.spec.parts:
             heads = cast(nn.ModuleDict, self.heads[part.name]).values()

@@ -23,8 +23,8 @@ def reconstruction_loss(pred: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
     Images (uint8 targets) in units of x/255 minus the recipe's shift, vectors in symlog space.
     """
     if target.dtype == torch.uint8:
-        target = target.to(pred.dtype) / 255 - recipe.image_shift
-        return (pred - target).square().flatten(2).sum(-1)
+        target = target.to(pred.dtype).div_(255).sub_(recipe.image_shift)
+        return F.mse_loss(pred, target, reduction="none").flatten(2).sum(-1)
     error = (pred - symlog(target.to(pred.dtype))).square()
     return error.masked_fill(error < recipe.vector_floor, 0).sum(-1)
 

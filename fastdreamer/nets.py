@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.kernels.gru_step import block_linear
-from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_weights import Layer
 from fastdreamer.kernels.twohot import symlog
@@ -105,17 +104,8 @@ class Dense(nn.Module):
         self.linear = Linear(inputs, outputs, recipe, bias=recipe.norm == "rms")
         self.norm, self.ops = make_norm(outputs, recipe), ops
 
-    def forward(self, x: Tensor, latents: Latents | None = None) -> Tensor:
-        return activate(self.product(x, latents), self.norm, self.ops)
-
-    def product(self, x: Tensor, latents: Latents | None) -> Tensor:
-        """The Linear alone; of features without gradient it may use that they are one-hot.
-
-        In bfloat16 on a GPU the product costs less than the rows that would replace it.
-        """
-        if latents is None or (x.is_cuda and torch.is_autocast_enabled("cuda")):
-            return self.linear(x)
-        return self.ops.latent_linear(x, latents.drawn, *self.weights()[:2], *latents[1:])
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(self.linear(x), self.norm, self.ops)
 
     def weights(self) -> Layer:
         """As the kernels take them."""
@@ -141,11 +131,22 @@ class MLP(nn.Module):
         self.hidden = nn.Sequential(*(Dense(i, o, recipe, ops) for i, o in pairwise(sizes)))
         self.out = Linear(sizes[-1], outputs, recipe, init=init) if outputs else nn.Identity()
 
-    def forward(self, x: Tensor, latents: Latents | None = None) -> Tensor:
-        """``latents``: of features without gradient; see `Dense.product`."""
-        for i, block in enumerate(self.hidden):
-            x = block(x, None if i else latents)
-        return full(self.out(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return full(self.out(self.hidden(x)))
+
+    def weights(self) -> tuple[Layer, ...]:
+        """As the kernels take them, the output layer last if there is one."""
+        hidden = tuple(cast(Dense, block).weights() for block in self.hidden)
+        if isinstance(self.out, nn.Identity):
+            return hidden
+        return (*hidden, Layer(self.out.weight, self.out.bias))
+
+    @property
+    def eps(self) -> float:
+        """Of its norms."""
+        eps = cast(Dense, self.hidden[0]).norm.eps
+        assert eps is not None
+        return eps
 
 
 class ConvBlock(nn.Module):

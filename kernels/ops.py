@@ -23,6 +23,7 @@ from torch import Tensor
 from . import library, optim, register, unimix
 from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_then_norm_act
 from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
+from .heads import heads, heads_by_operators, heads_cpp
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
@@ -75,6 +76,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "reference": latent_linear,
         "cpp": compiled_latent_linear,
         "triton": compiled_latent_linear,
+    },
+    "heads": {
+        "reference": heads,
+        "cpp": heads_cpp,
+        "triton": heads_by_operators,
     },
     "norm_act": {
         "reference": norm_act,
@@ -167,6 +173,8 @@ class Ops:
     """One step of environments; see `fastdreamer.kernels.policy_step`."""
     latent_linear: Callable[..., Tensor]
     """Linear layer on one-hot latents; see `fastdreamer.kernels.latent_linear`."""
+    heads: Callable[..., list[Tensor]]
+    """Heads on features of imagined states; see `fastdreamer.kernels.heads`."""
     norm_act: Callable[..., Tensor]
     """LayerNorm or RMSNorm and SiLU; see `fastdreamer.kernels.norm_act`."""
     conv_norm_act: Callable[..., Tensor]

@@ -12,7 +12,7 @@ FD_DECLARE(void twohot_loss_backward_rows(
     const float* dloss, const float* logits, const float* y, const float* bins, const float* stats,
     float* dlogits, int64_t M, int64_t rows, int64_t K))
 FD_DECLARE(void twohot_mean_rows(
-    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K))
+    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K, int64_t stride))
 
 namespace {
 
@@ -31,7 +31,7 @@ void backward_rows(
 }
 
 void mean_rows(const float* logits, const float* bins, float* mean, int64_t rows, int64_t K) {
-  FD_DISPATCH(twohot_mean_rows(logits, bins, mean, rows, K))
+  FD_DISPATCH(twohot_mean_rows(logits, bins, mean, rows, K, K))
 }
 
 // Checks, then body(begin, end) over ranges of rows.

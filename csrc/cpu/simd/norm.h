@@ -39,13 +39,34 @@ static inline Moments moments(const Norm& norm, const float* x, int64_t n) {
 }
 
 template <bool silu>
-static inline void norm_row(const Norm& norm, const float* x, float* y, int64_t n) {
-  const Moments m = moments(norm, x, n);
+static inline void scale_row(
+    const Norm& norm, const Moments& m, const float* x, float* y, int64_t n) {
   by_vectors(n, [&](int64_t i, int c) {
     Vec v = (load_some(x + i, c) - m.mean) * m.r * load_some(norm.scale + i, c);
     if (norm.shift) v += load_some(norm.shift + i, c);
     store_some(y + i, silu ? v * sigmoid(v) : v, c);
   });
+}
+
+template <bool silu>
+static inline void norm_row(const Norm& norm, const float* x, float* y, int64_t n) {
+  scale_row<silu>(norm, moments(norm, x, n), x, y, n);
+}
+
+// The same for M rows, y maybe x: sums over a row take long, so that those of a few rows run side by
+// side before any of them is scaled.
+template <bool silu>
+static inline void norm_each_row(
+    const Norm& norm, int64_t M, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+    int64_t n) {
+  constexpr int64_t kBeside = 8;
+  for (int64_t first = 0; first < M; first += kBeside) {
+    const int64_t rows = M - first < kBeside ? M - first : kBeside;
+    Moments m[kBeside];
+    for (int64_t i = 0; i < rows; ++i) m[i] = moments(norm, x + (first + i) * x_stride, n);
+    for (int64_t i = 0; i < rows; ++i)
+      scale_row<silu>(norm, m[i], x + (first + i) * x_stride, y + (first + i) * y_stride, n);
+  }
 }
 
 // dx (which may be dy) from dy; adds to dscale and, if not null, dshift.

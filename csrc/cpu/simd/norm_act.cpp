@@ -39,7 +39,7 @@ void forward(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n
   int64_t i = 0;
   if (by_columns(n))
     for (; i + kLanes <= rows; i += kLanes) norm_columns<silu>(norm, x + i * n, y + i * n, n);
-  for (; i < rows; ++i) norm_row<silu>(norm, x + i * n, y + i * n, n);
+  norm_each_row<silu>(norm, rows - i, x + i * n, n, y + i * n, n, n);
 }
 
 template <bool silu>

@@ -42,14 +42,19 @@ struct Stats {
   float max, sum;  // of the logits; of e^(logit - max)
 };
 
-Stats softmax_stats(const float* x, int64_t K) {
-  Vec top = broadcast(-INFINITY), total{};
+float highest(const float* x, int64_t K) {
+  Vec top = broadcast(-INFINITY);
   by_whole_vectors(K, [&](int64_t i, IntVec) { top = max(top, load(x + i)); });
-  const float highest = max(top);
+  return max(top);
+}
+
+Stats softmax_stats(const float* x, int64_t K) {
+  const float top = highest(x, K);
+  Vec total{};
   by_whole_vectors(K, [&](int64_t i, IntVec fresh) {
-    total += fresh ? exp(load(x + i) - highest) : Vec{};
+    total += fresh ? exp(load(x + i) - top) : Vec{};
   });
-  return {highest, sum(total)};
+  return {top, sum(total)};
 }
 
 struct Place {
@@ -118,23 +123,24 @@ inline Vec reversed(Vec x, Lanes<lane...>) {
 
 // Over pairs of symmetric bins, so that equal logits give exactly 0.
 float mean_row(const float* x, const float* bins, int64_t K) {
-  const Row row(x, K);
-  const Stats s = softmax_stats(row.get(), K);
   const int64_t half = K / 2;
   const float *upper = x + half + 1, *positions = bins + half + 1;
-  Vec total{};
   if (half < kLanes) {
+    const Row row(x, K);
+    const Stats s = softmax_stats(row.get(), K);
     Vec high = load_part(upper, half), low = high;
     for (int64_t l = 0; l < half; ++l) low[l] = x[half - 1 - l];
-    total = (exp(high - s.max) - exp(low - s.max)) * load_part(positions, half);
-    return sum(total) / s.sum;
+    return sum((exp(high - s.max) - exp(low - s.max)) * load_part(positions, half)) / s.sum;
   }
+  const float top = highest(x, K);
+  Vec weighted{}, total{};
   by_whole_vectors(half, [&](int64_t i, IntVec fresh) {
-    const Vec low = reversed(load(x + half - i - kLanes), AllLanes());
-    const Vec pair = exp(load(upper + i) - s.max) - exp(low - s.max);
-    total += fresh ? pair * load(positions + i) : Vec{};
+    const Vec low = exp(reversed(load(x + half - i - kLanes), AllLanes()) - top);
+    const Vec high = exp(load(upper + i) - top);
+    weighted += fresh ? (high - low) * load(positions + i) : Vec{};
+    total += fresh ? high + low : Vec{};
   });
-  return sum(total) / s.sum;
+  return sum(weighted) / (sum(total) + exp(broadcast(x[half] - top))[0]);
 }
 
 }  // namespace
@@ -154,9 +160,10 @@ void twohot_loss_backward_rows(
         dloss[i], logits + i * K, y + i * M, bins, stats + 2 * i, dlogits + i * K, M, K);
 }
 
+// Rows that lie `stride` elements apart.
 void twohot_mean_rows(
-    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K) {
-  for (int64_t i = 0; i < rows; ++i) mean[i] = mean_row(logits + i * K, bins, K);
+    const float* logits, const float* bins, float* mean, int64_t rows, int64_t K, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) mean[i] = mean_row(logits + i * stride, bins, K);
 }
 
 }  // namespace FD_ISA

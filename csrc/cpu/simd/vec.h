@@ -5,6 +5,9 @@
 
 #include <math.h>
 #include <stdint.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace fastdreamer {
 namespace FD_ISA {
@@ -43,27 +46,60 @@ static inline void store_part(float* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
 
-static inline float sum(Vec x) {
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) x[i] += x[i + step];
-  return x[0];
+#if defined(__AVX512F__)
+// The forms with a mask of all lanes: GCC 12 warns of the others that they read undefined values.
+constexpr __mmask16 kAll = 0xffff;
+// Of two numbers where one is NaN: the second.
+static inline Vec max(Vec x, Vec y) { return _mm512_maskz_max_ps(kAll, x, y); }
+static inline Vec min(Vec x, Vec y) { return _mm512_maskz_min_ps(kAll, x, y); }
+static inline Vec rsqrt(Vec x) { return 1.0f / _mm512_maskz_sqrt_ps(kAll, x); }
+// x 2^n for whole n.
+static inline Vec scale(Vec x, Vec n) { return _mm512_maskz_scalef_ps(kAll, x, n); }
+// 1 / x within a unit in the last place, for finite x from 1 on.
+static inline Vec reciprocal(Vec x) {
+  const Vec guess = _mm512_maskz_rcp14_ps(kAll, x);
+  return guess + guess * (1.0f - x * guess);
 }
-static inline float max(Vec x) {
-  float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = best > x[i] ? best : x[i];
-  return best;
-}
-static inline Vec max(Vec x, Vec y) { return x > y ? x : y; }
-static inline Vec min(Vec x, Vec y) { return x < y ? x : y; }
+#else
 static inline Vec rsqrt(Vec x) {
   for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
   return 1.0f / x;
 }
+static inline Vec max(Vec x, Vec y) { return x > y ? x : y; }
+static inline Vec min(Vec x, Vec y) { return x < y ? x : y; }
+static inline Vec scale(Vec x, Vec n) {
+  return x * from_bits((__builtin_convertvector(n, IntVec) + 127) << 23);
+}
+static inline Vec reciprocal(Vec x) { return 1.0f / x; }
+#endif
+
+#if defined(__AVX512F__)
+// The lanes of each half, quarter, pair and neighbour exchanged: sums over all lanes by four steps.
+template <typename Join>
+static inline float join_lanes(Vec x, const Join& join) {
+  x = join(x, Vec(_mm512_maskz_shuffle_f32x4(kAll, x, x, 0x4e)));
+  x = join(x, Vec(_mm512_maskz_shuffle_f32x4(kAll, x, x, 0xb1)));
+  x = join(x, Vec(_mm512_maskz_permute_ps(kAll, x, 0x4e)));
+  return join(x, Vec(_mm512_maskz_permute_ps(kAll, x, 0xb1)))[0];
+}
+#else
+template <typename Join>
+static inline float join_lanes(Vec x, const Join& join) {
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    Vec y{};
+    for (int i = 0; i < step; ++i) y[i] = x[i + step];
+    x = join(x, y);
+  }
+  return x[0];
+}
+#endif
+static inline float sum(Vec x) { return join_lanes(x, [](Vec a, Vec b) { return a + b; }); }
+static inline float max(Vec x) { return join_lanes(x, [](Vec a, Vec b) { return max(a, b); }); }
 
 // e^x within 2 units in the last place; below -87.3 it is the smallest normal number, NaN stays.
 static inline Vec exp(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec y = min(max(x, broadcast(-87.33654f)), broadcast(88.37626f));
+  Vec y = min(broadcast(88.37626f), max(broadcast(-87.33654f), x));
   const Vec n = (y * 1.44269504088896341f + magic) - magic;
   y = (y - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = broadcast(1.9875691500e-4f);
@@ -73,8 +109,7 @@ static inline Vec exp(Vec x) {
   p = p * y + 1.6666665459e-1f;
   p = p * y + 5.0000001201e-1f;
   p = p * (y * y) + y + 1.0f;
-  const Vec power = from_bits((__builtin_convertvector(n, IntVec) + 127) << 23);
-  return x == x ? p * power : x;
+  return scale(p, n);
 }
 
 // ln x of positive normal numbers, within 2 units in the last place; NaN stays.
@@ -98,10 +133,10 @@ static inline Vec log(Vec x) {
   return x == x ? m + p + e * 0.693359375f : x;
 }
 
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+static inline Vec sigmoid(Vec x) { return reciprocal(1.0f + exp(-x)); }
 static inline Vec tanh(Vec x) {
   // Near 0 the difference would cancel: there the series is exact to the last place.
-  const Vec big = 1.0f - 2.0f / (exp(x + x) + 1.0f), z = x * x;
+  const Vec big = 1.0f - 2.0f * reciprocal(exp(x + x) + 1.0f), z = x * x;
   const Vec small =
       x * (1.0f + z * (-0.333333333f + z * (0.133333333f + z * (-0.0539682540f + z * 0.0218694885f))));
   return z < 0.04f ? small : big;

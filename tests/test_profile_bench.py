@@ -1,0 +1,63 @@
+"""``python -m bench.profile``: its parts and their sum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import profile, update
+from bench.workload import Workload
+from fastdreamer.cli import parse
+from fastdreamer.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(update.PRODUCT, "cpu", 64)
+    monkeypatch.setattr(profile, "WARM_UP", 1)
+
+
+def options(*args: str) -> profile.Options:
+    args = ("--size", "debug", "--rounds", "1", *args)
+    return parse(profile.Options, args, "bench.profile", profile.Options())
+
+
+@pytest.mark.parametrize("recipe", ["2023", "2025"])
+def test_the_parts_sum_to_the_whole(recipe, cpp):
+    result = profile.measure(options("--recipe", recipe))
+    parts = result["parts"]
+    assert result["seconds"] == pytest.approx(sum(x["seconds"] for x in parts.values()))
+    assert result["flops"] == Workload(recipe, "debug", "image").flops()
+    expected = {"encoder", "posterior scan", "decoder", "rollout", "imagined heads", "optimiser"}
+    assert expected <= set(parts)
+    for name in ("encoder", "posterior scan", "decoder", "imagined heads"):
+        forward, backward = parts[name], parts[f"{name}, backward"]
+        assert forward["seconds"] > 0 and backward["seconds"] > 0
+        assert 0 < forward["flops"] <= 3 * backward["flops"], name
+    assert "rollout, backward" not in parts
+    assert profile.table(result).count("\n") == len(parts) + 2
+
+
+def test_nothing_stays_patched():
+    grad, workload = torch.autograd.grad, Workload("2025", "debug", "vector")
+    with workload.counted() as (counted, learner, counter):
+        spent = profile.metered(counted, learner, counter.get_total_flops)
+    assert sum(spent.values()) == workload.flops()
+    assert torch.autograd.grad is grad and "step" not in vars(learner)
+
+
+def test_writes_a_line(tmp_path: Path, monkeypatch, capsys):
+    file = tmp_path / "result.json"
+    arguments = ["--size", "debug", "--no-record", "--rounds", "1", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["profile", *arguments])
+    profile.main()
+    assert json.loads(file.read_text())["workload"] == "2025 debug image"
+    assert "| whole |" in capsys.readouterr().out
+
+
+def test_an_unknown_size():
+    with pytest.raises(UsageError, match="recipe 2025 has"):
+        profile.measure(options("--size", "s"))
