@@ -1,10 +1,11 @@
-// Products with a packed right matrix, for the few rows of a scan: C (M, N) = or += A (M, K) B.
+// Products with a packed right matrix, for the few rows of a scan: C (M, N) = or += A (M, K) B. In
+// bfloat16 both factors are rounded, B when it is packed; sums are float32.
 #ifndef FASTDREAMER_CPU_SIMD_GEMM_H
 #define FASTDREAMER_CPU_SIMD_GEMM_H
 
 #include <stdlib.h>
 
-#include "vec.h"
+#include "bfloat16.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
@@ -33,13 +34,23 @@ class Buffer {
   float* data_ = nullptr;
 };
 
-// B (K, N) in panels of kPanel columns, each row after row, the last filled up with zeros.
+// B (K, N) in panels of kPanel columns, each row after row, the last filled up with zeros; for
+// products in bfloat16 see pack_pairs.
 class Packed {
  public:
   Packed() = default;
-  // B[k, n] = source[k * row_stride + n * column_stride].
-  Packed(const float* source, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride)
-      : K_(K), N_(N), data_((N + kPanel - 1) / kPanel * kPanel * K) {
+  // B[k, n] = source[k * row_stride + n * column_stride], and one of the strides is 1. compute:
+  // type of the factors; float32 where the instruction set has no products in bfloat16.
+  Packed(
+      const float* source, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride,
+      int32_t compute)
+      : K_(K), N_(N), half_(kHasBfloat16 && compute == FD_BFLOAT16),
+        data_(half_ ? round_up(N, kPairPanel) * pairs_of(K) : round_up(N, kPanel) * K) {
+    if (half_) {
+      pack_pairs(
+          source, K, N, row_stride, column_stride, reinterpret_cast<int32_t*>(data_.get()));
+      return;
+    }
     for (int64_t p = 0; p < N; p += kPanel) {
       float* panel = data_.get() + p * K;
       const int64_t width = N - p < kPanel ? N - p : kPanel;
@@ -52,25 +63,35 @@ class Packed {
   }
   int64_t K() const { return K_; }
   int64_t N() const { return N_; }
+  bool half() const { return half_; }
   const float* panel(int64_t first_column) const { return data_.get() + first_column * K_; }
+  const int32_t* pairs(int64_t first_column) const {
+    return reinterpret_cast<const int32_t*>(data_.get()) + first_column * pairs_of(K_);
+  }
 
  private:
   int64_t K_ = 0, N_ = 0;
+  bool half_ = false;
   Buffer data_;
 };
 
-template <int rows>
+static inline Vec load_factors(const float* p) { return load(p); }
+static inline Vec broadcast_factor(float x) { return broadcast(x); }
+static inline Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+
+// Factor: float, or int32_t for pairs in bfloat16, of which K is then the number.
+template <int rows, typename Factor>
 static inline void tile(
-    int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc, int64_t columns,
-    bool add) {
+    int64_t K, const Factor* A, int64_t lda, const Factor* B, float* C, int64_t ldc,
+    int64_t columns, bool add) {
   Vec left[rows], right[rows];
   for (int m = 0; m < rows; ++m) left[m] = right[m] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
-    const Vec b0 = load(B + k * kPanel), b1 = load(B + k * kPanel + kLanes);
+    const auto b0 = load_factors(B + k * kPanel), b1 = load_factors(B + k * kPanel + kLanes);
     for (int m = 0; m < rows; ++m) {
-      const Vec a = broadcast(A[m * lda + k]);
-      left[m] += a * b0;
-      right[m] += a * b1;
+      const auto a = broadcast_factor(A[m * lda + k]);
+      left[m] = multiply_add(left[m], a, b0);
+      right[m] = multiply_add(right[m], a, b1);
     }
   }
   for (int m = 0; m < rows; ++m) {
@@ -87,9 +108,9 @@ static inline void tile(
   }
 }
 
-template <int rows>
+template <int rows, typename Factor>
 static inline void tail(
-    int64_t M, int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc,
+    int64_t M, int64_t K, const Factor* A, int64_t lda, const Factor* B, float* C, int64_t ldc,
     int64_t columns, bool add) {
   if constexpr (rows > 0) {
     if (M == rows) tile<rows>(K, A, lda, B, C, ldc, columns, add);
@@ -97,16 +118,56 @@ static inline void tail(
   }
 }
 
+// `columns` of a panel, for all rows.
+template <typename Factor>
+static inline void multiply_panel(
+    int64_t M, int64_t K, const Factor* A, int64_t lda, const Factor* B, float* C, int64_t ldc,
+    int64_t columns, bool add) {
+  int64_t m = 0;
+  for (; m + kTile <= M; m += kTile)
+    tile<kTile>(K, A + m * lda, lda, B, C + m * ldc, ldc, columns, add);
+  tail<kTile - 1>(M - m, K, A + m * lda, lda, B, C + m * ldc, ldc, columns, add);
+}
+
+#ifdef FD_HAS_BFLOAT16
+#ifndef FD_TILES
+static inline void multiply_block(
+    int64_t rows, int64_t pairs, const int32_t* A, const int32_t* B, float* C, int64_t ldc,
+    int64_t columns, bool add) {
+  multiply_panel(rows, pairs, A, kBlockStride, B, C, ldc, columns, add);
+}
+#endif
+
+// In bfloat16, a block of the rows of A at a time.
+static inline void gemm_pairs(
+    int64_t M, const float* A, int64_t lda, const Packed& B, float* C, int64_t ldc, bool add) {
+  alignas(64) int32_t block[kBlockRows * kBlockStride];
+  const int64_t total = pairs_of(B.K());
+  for (int64_t m = 0; m < M; m += kBlockRows) {
+    const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
+    for (int64_t k = 0; k < total; k += kBlockPairs) {
+      const int64_t pairs = total - k < kBlockPairs ? total - k : kBlockPairs;
+      const int64_t width = B.K() - 2 * k < 2 * pairs ? B.K() - 2 * k : 2 * pairs;
+      for (int64_t i = 0; i < round_up(rows, kTileRows); ++i)
+        round_row(A + (m + i) * lda + 2 * k, i < rows ? width : 0, block + i * kBlockStride, pairs);
+      for (int64_t n = 0; n < B.N(); n += kPairPanel)
+        multiply_block(
+            rows, pairs, block, B.pairs(n) + k * kPairPanel, C + m * ldc + n, ldc,
+            B.N() - n < kPairPanel ? B.N() - n : kPairPanel, add || k > 0);
+    }
+  }
+}
+#endif
+
 static inline void gemm(
     int64_t M, const float* A, int64_t lda, const Packed& B, float* C, int64_t ldc,
     bool add = false) {
-  for (int64_t n = 0; n < B.N(); n += kPanel) {
-    const int64_t columns = B.N() - n < kPanel ? B.N() - n : kPanel;
-    int64_t m = 0;
-    for (; m + kTile <= M; m += kTile)
-      tile<kTile>(B.K(), A + m * lda, lda, B.panel(n), C + m * ldc + n, ldc, columns, add);
-    tail<kTile - 1>(M - m, B.K(), A + m * lda, lda, B.panel(n), C + m * ldc + n, ldc, columns, add);
-  }
+#ifdef FD_HAS_BFLOAT16
+  if (B.half()) return gemm_pairs(M, A, lda, B, C, ldc, add);
+#endif
+  for (int64_t n = 0; n < B.N(); n += kPanel)
+    multiply_panel(
+        M, B.K(), A, lda, B.panel(n), C + n, ldc, B.N() - n < kPanel ? B.N() - n : kPanel, add);
 }
 
 }  // namespace FD_ISA
