@@ -106,7 +106,7 @@ def gradients(operator: Callable, weights: RSSMWeights, scan: list[Tensor]) -> l
     outputs = operator(weights, *scan)
     g = torch.Generator().manual_seed(1)
     loss = sum(
-        (x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in outputs if x.numel()
+        (x * torch.randn(x.shape, generator=g).to(x.dtype)).sum() for x in outputs if x.numel()
     )
     return list(torch.autograd.grad(loss, [*flatten(weights), scan[3]], allow_unused=True))
 
