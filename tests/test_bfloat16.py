@@ -7,10 +7,7 @@ test_rssm.py; "rounded" is the reference in float64 that rounds the same factors
 from __future__ import annotations
 
 import platform
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 

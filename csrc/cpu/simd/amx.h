@@ -39,7 +39,7 @@ struct TileState {
   TileConfig config;
   uint8_t rows[8][16][64];
 };
-static thread_local TileState tile_state;
+inline thread_local TileState tile_state;
 
 static inline int tile_rows(int t) {
   if (tile_state.config.palette != 1 || t < 0 || t > 7 || tile_state.config.rows[t] == 0) abort();
