@@ -7,6 +7,9 @@ test_rssm.py; "rounded" is the reference in float64 that rounds the same factors
 from __future__ import annotations
 
 import platform
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -287,3 +290,79 @@ def test_elsewhere_it_is_float32(isa, cell):
     actual = (*observe_half(*scan), *imagine(*rollout, torch.bfloat16))
     expected = (*observe(*scan, torch.float32), *imagine(*rollout, torch.float32))
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+TILE_INSTRUCTIONS = {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbf16ps"}
+
+
+@pytest.fixture(scope="module")
+def disassembly() -> dict[str, list[str]]:
+    """Instructions of each function of the CPU library, demangled."""
+    if reason := library.unavailable_reason():
+        pytest.skip(reason)
+    if not shutil.which("objdump"):
+        pytest.skip("needs binutils")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library.CPU_LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if head := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            found = functions.setdefault(head[1], [])
+        elif line.startswith(" ") and "\t" in line:
+            found.append(line.split("\t", 1)[1].strip())
+    if not any("fastdreamer::amx::" in name for name in functions):
+        pytest.skip("the compiler has no AMX, or the tiles are computed in software")
+    return functions
+
+
+def test_tiles_are_in_their_set_alone(disassembly):
+    """The processor's own instructions, and none where a machine without them could come by."""
+    users = {
+        name: found
+        for name, code in disassembly.items()
+        if (found := {line.split()[0] for line in code} & TILE_INSTRUCTIONS)
+    }
+    assert set.union(*users.values()) == TILE_INSTRUCTIONS
+    assert all("fastdreamer::amx::" in name for name in users), sorted(users)
+
+
+@pytest.mark.parametrize("of", ["amx", "avx512bf16"])
+def test_sets_are_reached_by_the_choice_alone(disassembly, of):
+    """Who calls a function of a set, and is not of it, has asked for the current set before."""
+    callers = 0
+    for name, code in disassembly.items():
+        if f"fastdreamer::{of}::" in name:
+            continue
+        jump = re.compile(rf"(call|j\w+) .*<fastdreamer::{of}::")
+        calls = [i for i, line in enumerate(code) if jump.match(line)]
+        if calls:
+            callers += 1
+            asked = [i for i, line in enumerate(code) if "fastdreamer::current_isa()" in line]
+            assert asked and asked[0] < calls[0], name
+    assert callers == 5  # observe, imagine and the step, and two backward passes
+
+
+def test_the_choice_asks_processor_and_system(disassembly):
+    """Before the library takes AMX: cpuid, the enabled state, and the permission for tiles."""
+    code = [
+        line.split()[0]
+        for name, lines in disassembly.items()
+        if name.startswith(("fastdreamer::(anonymous namespace)::has", "fd_set_isa"))
+        for line in lines
+    ]
+    assert {"cpuid", "xgetbv"} <= set(code)
+    text = "\n".join(line for lines in disassembly.values() for line in lines)
+    assert "$0x1023" in text  # ARCH_REQ_XCOMP_PERM
+
+
+def test_a_processor_without_them_refuses(cpp):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if not flags or "fastdreamer_cpu" not in library.CPU_LIBRARY.name:
+        pytest.skip("needs Linux")
+    before = library.isa()
+    for isa, flag in (("amx", "amx_bf16"), ("avx512bf16", "avx512_bf16")):
+        if flag not in flags:
+            with pytest.raises(RuntimeError, match="lacks the instruction set"):
+                library.set_isa(isa)
+    assert library.isa() == before
+    assert before != "amx" or "amx_tile" in flags
