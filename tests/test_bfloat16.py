@@ -337,7 +337,7 @@ def test_sets_are_reached_by_the_choice_alone(disassembly, of):
         calls = [i for i, line in enumerate(code) if jump.match(line)]
         if calls:
             callers += 1
-            asked = [i for i, line in enumerate(code) if "fastdreamer::current_isa()" in line]
+            asked = [i for i, line in enumerate(code) if "fastdreamer::product_isa(int)" in line]
             assert asked and asked[0] < calls[0], name
     assert callers == 5  # observe, imagine and the step, and two backward passes
 

@@ -5,10 +5,10 @@
 namespace fastdreamer {
 
 FD_DECLARE_PRODUCTS(void gru_step(
-    const fd_gru&, int64_t, const float*, const float*, float*, float*, float*, int32_t))
+    const fd_gru&, int64_t, const float*, const float*, float*, float*, float*))
 FD_DECLARE_PRODUCTS(void gru_step_backward(
     const fd_gru&, int64_t, const float*, const float*, const float*, const float*, float*, float*,
-    float*, float*, float*, int32_t))
+    float*, float*, float*))
 
 namespace {
 
@@ -25,15 +25,15 @@ int32_t check(
 void forward(
     const fd_gru& cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
     float* next, int32_t compute) {
-  FD_DISPATCH_PRODUCTS(gru_step(cell, rows, h, x, hidden, gates, next, compute))
+  FD_DISPATCH_PRODUCTS(compute, gru_step(cell, rows, h, x, hidden, gates, next))
 }
 
 void backward(
     const fd_gru& cell, int64_t rows, const float* h, const float* hidden, const float* gates,
     const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm,
     int32_t compute) {
-  FD_DISPATCH_PRODUCTS(gru_step_backward(
-      cell, rows, h, hidden, gates, dnext, dh, dx, dhidden, dgates, dnorm, compute))
+  FD_DISPATCH_PRODUCTS(compute, gru_step_backward(
+      cell, rows, h, hidden, gates, dnext, dh, dx, dhidden, dgates, dnorm))
 }
 
 }  // namespace

@@ -74,6 +74,10 @@ int32_t extended_isa() {
   return isa > FD_ISA_AVX512 ? FD_ISA_AVX512 : isa;
 }
 
+int32_t product_isa(int32_t compute) {
+  return compute == FD_BFLOAT16 ? current_isa() : extended_isa();
+}
+
 }  // namespace fastdreamer
 
 int32_t fd_isa(void) { return fastdreamer::current_isa(); }

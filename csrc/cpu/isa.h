@@ -5,8 +5,9 @@
 
 #include "fastdreamer.h"
 
-// The sets with products in bfloat16, where the compiler has them, have the sources with products
-// alone (FD_..._PRODUCTS); of the others they use the kernels of the set that they extend.
+// The sets with products in bfloat16, where the compiler has them, hold nothing else: they serve what
+// is asked for in bfloat16 of the sources with products (FD_..._PRODUCTS), and the set that they
+// extend serves the rest.
 #ifdef FD_BFLOAT16_SETS
 #define FD_PRODUCT_CASES(...)                             \
   case FD_ISA_AMX: return amx::__VA_ARGS__;               \
@@ -40,8 +41,8 @@
     FD_ISA_CASES(__VA_ARGS__)               \
     default: return portable::__VA_ARGS__;  \
   }
-#define FD_DISPATCH_PRODUCTS(...)           \
-  switch (current_isa()) {                  \
+#define FD_DISPATCH_PRODUCTS(compute, ...)  \
+  switch (product_isa(compute)) {           \
     FD_PRODUCT_CASES(__VA_ARGS__)           \
     FD_ISA_CASES(__VA_ARGS__)               \
     default: return portable::__VA_ARGS__;  \
@@ -53,6 +54,9 @@ int32_t current_isa();
 
 // The set that the current one extends, or itself.
 int32_t extended_isa();
+
+// The set for products whose factors are FD_FLOAT32 or FD_BFLOAT16.
+int32_t product_isa(int32_t compute);
 
 }  // namespace fastdreamer
 

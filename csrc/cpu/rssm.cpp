@@ -4,10 +4,10 @@
 
 namespace fastdreamer {
 
-FD_DECLARE_PRODUCTS(void rssm_observe(const fd_rssm&, const fd_observe&, int32_t))
+FD_DECLARE_PRODUCTS(void rssm_observe(const fd_rssm&, const fd_observe&))
 FD_DECLARE_PRODUCTS(void rssm_observe_backward(
-    const fd_rssm&, const fd_observe&, const fd_observe_grad&, int32_t))
-FD_DECLARE_PRODUCTS(void rssm_imagine(const fd_rssm&, const fd_imagine&, int32_t))
+    const fd_rssm&, const fd_observe&, const fd_observe_grad&))
+FD_DECLARE_PRODUCTS(void rssm_imagine(const fd_rssm&, const fd_imagine&))
 
 namespace {
 
@@ -27,14 +27,14 @@ bool are_start_classes(const fd_rssm& model, const fd_observe& scan) {
 int32_t compute_of(const fd_launch* launch) { return launch ? launch->compute : FD_FLOAT32; }
 
 void observe(const fd_rssm& model, const fd_observe& scan, int32_t compute) {
-  FD_DISPATCH_PRODUCTS(rssm_observe(model, scan, compute))
+  FD_DISPATCH_PRODUCTS(compute, rssm_observe(model, scan))
 }
 void observe_backward(
     const fd_rssm& model, const fd_observe& scan, const fd_observe_grad& grad, int32_t compute) {
-  FD_DISPATCH_PRODUCTS(rssm_observe_backward(model, scan, grad, compute))
+  FD_DISPATCH_PRODUCTS(compute, rssm_observe_backward(model, scan, grad))
 }
 void imagine(const fd_rssm& model, const fd_imagine& args, int32_t compute) {
-  FD_DISPATCH_PRODUCTS(rssm_imagine(model, args, compute))
+  FD_DISPATCH_PRODUCTS(compute, rssm_imagine(model, args))
 }
 
 }  // namespace

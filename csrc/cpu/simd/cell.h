@@ -17,12 +17,12 @@ struct Kept {
 // The weights of a cell, packed for the forward pass.
 class Cell {
  public:
-  Cell(const fd_rssm& model, int32_t compute)
+  explicit Cell(const fd_rssm& model)
       : model_(model),
         stoch_(model.in_stoch.weight, model.stoch * model.classes, model.hidden, model.in_stoch.stride),
-        action_(pack_transposed(model.in_action, compute)),
-        gates_(gru_of(model), compute) {
-    if (model.cell == FD_CELL_BLOCK_GRU) deter_ = pack_transposed(model.in_deter, compute);
+        action_(pack_transposed(model.in_action)),
+        gates_(gru_of(model)) {
+    if (model.cell == FD_CELL_BLOCK_GRU) deter_ = pack_transposed(model.in_deter);
   }
 
   // Floats of scratch for M rows.
@@ -75,11 +75,11 @@ class Cell {
 // The weights of a cell, packed for the backward pass.
 class CellGrad {
  public:
-  CellGrad(const fd_rssm& model, int32_t compute)
+  explicit CellGrad(const fd_rssm& model)
       : model_(model),
-        stoch_(pack(model.in_stoch, compute)),
-        gates_(gru_of(model), compute) {
-    if (model.cell == FD_CELL_BLOCK_GRU) deter_ = pack(model.in_deter, compute);
+        stoch_(pack(model.in_stoch)),
+        gates_(gru_of(model)) {
+    if (model.cell == FD_CELL_BLOCK_GRU) deter_ = pack(model.in_deter);
   }
 
   int64_t scratch(int64_t M) const { return M * input_width(model_) + gates_.scratch(M); }

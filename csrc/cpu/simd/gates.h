@@ -57,19 +57,18 @@ static inline void apply_gates_backward(
 // The weights behind the input layers, packed for the forward pass.
 class Gates {
  public:
-  Gates(const fd_gru& cell, int32_t compute) : cell_(cell) {
+  explicit Gates(const fd_gru& cell) : cell_(cell) {
     const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
     if (cell.cell == FD_CELL_GRU) {
-      state_[0] = Packed(cell.gate_weight, D, 3 * D, 1, D + U, compute);
-      input_[0] = Packed(cell.gate_weight + D, U, 3 * D, 1, D + U, compute);
+      state_[0] = Packed(cell.gate_weight, D, 3 * D, 1, D + U);
+      input_[0] = Packed(cell.gate_weight + D, U, 3 * D, 1, D + U);
       return;
     }
     for (int64_t g = 0; g < cell.blocks; ++g) {
       const float* hidden = cell.hidden_weight + g * (width + U) * width;
-      state_[g] = Packed(hidden, width, width, width, 1, compute);
-      input_[g] = Packed(hidden + width * width, U, width, width, 1, compute);
-      const float* gates = cell.gate_weight + g * width * 3 * width;
-      gates_[g] = Packed(gates, width, 3 * width, 3 * width, 1, compute);
+      state_[g] = Packed(hidden, width, width, width, 1);
+      input_[g] = Packed(hidden + width * width, U, width, width, 1);
+      gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, width, 3 * width, 3 * width, 1);
     }
   }
 
@@ -125,19 +124,18 @@ class Gates {
 // The same weights, packed for the backward pass.
 class GatesGrad {
  public:
-  GatesGrad(const fd_gru& cell, int32_t compute) : cell_(cell) {
+  explicit GatesGrad(const fd_gru& cell) : cell_(cell) {
     const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
     if (cell.cell == FD_CELL_GRU) {
-      state_[0] = Packed(cell.gate_weight, 3 * D, D, D + U, 1, compute);
-      input_[0] = Packed(cell.gate_weight + D, 3 * D, U, D + U, 1, compute);
+      state_[0] = Packed(cell.gate_weight, 3 * D, D, D + U, 1);
+      input_[0] = Packed(cell.gate_weight + D, 3 * D, U, D + U, 1);
       return;
     }
     for (int64_t g = 0; g < cell.blocks; ++g) {
       const float* hidden = cell.hidden_weight + g * (width + U) * width;
-      state_[g] = Packed(hidden, width, width, 1, width, compute);
-      input_[g] = Packed(hidden + width * width, width, U, 1, width, compute);
-      const float* gates = cell.gate_weight + g * width * 3 * width;
-      gates_[g] = Packed(gates, 3 * width, width, 1, 3 * width, compute);
+      state_[g] = Packed(hidden, width, width, 1, width);
+      input_[g] = Packed(hidden + width * width, width, U, 1, width);
+      gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, 3 * width, width, 1, 3 * width);
     }
   }
 

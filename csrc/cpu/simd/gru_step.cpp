@@ -39,11 +39,11 @@ void by_parts(int64_t rows, const Body& body) {
 
 void gru_step(
     const fd_gru& cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
-    float* next, int32_t compute) {
-  const Gates packed(cell, compute);
+    float* next) {
+  const Gates packed(cell);
   const int64_t D = cell.deter;
   by_parts(rows, [&](int64_t, Part at, int64_t M) {
-    const TileScope tiles(compute);
+    const TileScope tiles;
     const Buffer scratch(packed.scratch(M));
     packed.step(
         M, at(h, D), at(x, cell.inputs), at(hidden, D), at(gates, 3 * D), at(next, D),
@@ -53,15 +53,14 @@ void gru_step(
 
 void gru_step_backward(
     const fd_gru& cell, int64_t rows, const float* h, const float* hidden, const float* gates,
-    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm,
-    int32_t compute) {
-  const GatesGrad packed(cell, compute);
+    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm) {
+  const GatesGrad packed(cell);
   const int64_t D = cell.deter, size = 2 * cell_width(cell);
   const int64_t step = rows_of_part(rows), parts = (rows + step - 1) / step;
   const Buffer sums(parts * size);
   fill(sums.get(), 0, parts * size);
   by_parts(rows, [&](int64_t part, Part at, int64_t M) {
-    const TileScope tiles(compute);
+    const TileScope tiles;
     const Buffer scratch(packed.scratch(M));
     const Rows<float> dinputs = at(dx, cell.inputs);
     fill(dinputs.data, 0, M * cell.inputs);

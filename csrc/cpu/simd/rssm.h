@@ -11,11 +11,11 @@
 namespace fastdreamer {
 namespace FD_ISA {
 
-static inline Packed pack_transposed(const fd_layer& layer, int32_t compute) {  // for x W^T
-  return Packed(layer.weight, layer.inputs, layer.outputs, 1, layer.stride, compute);
+static inline Packed pack_transposed(const fd_layer& layer) {  // for x W^T
+  return Packed(layer.weight, layer.inputs, layer.outputs, 1, layer.stride);
 }
-static inline Packed pack(const fd_layer& layer, int32_t compute) {  // for dy W
-  return Packed(layer.weight, layer.outputs, layer.inputs, layer.stride, 1, compute);
+static inline Packed pack(const fd_layer& layer) {  // for dy W
+  return Packed(layer.weight, layer.outputs, layer.inputs, layer.stride, 1);
 }
 static inline Norm norm_of(const fd_rssm& model, const float* scale, const float* shift) {
   return {scale, shift, model.cell == FD_CELL_GRU, model.eps};

@@ -12,10 +12,9 @@ constexpr int64_t kRows = 48;  // of a tile: a multiple of every kTile
 // Layers behind one another, packed.
 class Stack {
  public:
-  Stack(
-      const fd_rssm& model, const fd_layer* layers, int64_t count, int64_t skip, int32_t compute)
+  Stack(const fd_rssm& model, const fd_layer* layers, int64_t count, int64_t skip)
       : model_(model), layers_(layers), count_(count) {
-    for (int64_t i = skip; i < count; ++i) packed_[i] = pack_transposed(layers[i], compute);
+    for (int64_t i = skip; i < count; ++i) packed_[i] = pack_transposed(layers[i]);
   }
   int64_t width() const {
     int64_t widest = 0;
@@ -43,19 +42,18 @@ class Stack {
 
 class Rollout {
  public:
-  Rollout(const fd_rssm& model, const fd_imagine& args, int32_t compute)
-      : model_(model), args_(args), latent_(model.stoch * model.classes), cell_(model, compute),
-        prior_(model, model.head, model.head_layers, 0, compute),
-        policy_(model, args.policy, args.policy_layers, 1, compute) {
+  Rollout(const fd_rssm& model, const fd_imagine& args)
+      : model_(model), args_(args), latent_(model.stoch * model.classes), cell_(model),
+        prior_(model, model.head, model.head_layers, 0),
+        policy_(model, args.policy, args.policy_layers, 1) {
     const fd_layer& first = args.policy[0];
     const int64_t at_deter = args.deter_first ? 0 : latent_;
     const int64_t at_stoch = args.deter_first ? model.deter : 0;
-    by_deter_ =
-        Packed(first.weight + at_deter, model.deter, first.outputs, 1, first.stride, compute);
+    by_deter_ = Packed(first.weight + at_deter, model.deter, first.outputs, 1, first.stride);
     by_stoch_ = Table(first.weight + at_stoch, latent_, first.outputs, first.stride);
     for (int64_t i = 0, head = 0; i < args.parts; ++i)
       for (int64_t n = args.discrete[i] ? 1 : 2; n > 0; --n, ++head)
-        heads_[head] = pack_transposed(args.heads[head], compute);
+        heads_[head] = pack_transposed(args.heads[head]);
   }
 
   void run(int64_t begin, int64_t end) const {
@@ -189,10 +187,10 @@ class Rollout {
 
 }  // namespace
 
-void rssm_imagine(const fd_rssm& model, const fd_imagine& args, int32_t compute) {
-  const Rollout rollout(model, args, compute);
+void rssm_imagine(const fd_rssm& model, const fd_imagine& args) {
+  const Rollout rollout(model, args);
   parallel_for((args.N + kRows - 1) / kRows, [&](int64_t tile) {
-    const TileScope tiles(compute);
+    const TileScope tiles;
     const int64_t end = (tile + 1) * kRows;
     rollout.run(tile * kRows, end < args.N ? end : args.N);
   });

@@ -156,27 +156,24 @@ void backward_rows(const Backward& pass, int64_t begin, int64_t end, float* sums
 
 }  // namespace
 
-void rssm_observe(const fd_rssm& model, const fd_observe& scan, int32_t compute) {
-  const Cell cell(model, compute);
-  const Packed by_deter = pack_transposed(model.head[0], compute);
-  const Packed out = pack_transposed(model.head[1], compute);
+void rssm_observe(const fd_rssm& model, const fd_observe& scan) {
+  const Cell cell(model);
+  const Packed by_deter = pack_transposed(model.head[0]), out = pack_transposed(model.head[1]);
   parallel_ranges(scan.B, 1, [&](int64_t begin, int64_t end) {
-    const TileScope tiles(compute);
+    const TileScope tiles;
     forward_rows(model, scan, cell, by_deter, out, begin, end);
   });
 }
 
 void rssm_observe_backward(
-    const fd_rssm& model, const fd_observe& scan, const fd_observe_grad& grad, int32_t compute) {
-  const Backward pass{
-      model, scan, grad, CellGrad(model, compute), pack(model.head[0], compute),
-      pack(model.head[1], compute)};
+    const fd_rssm& model, const fd_observe& scan, const fd_observe_grad& grad) {
+  const Backward pass{model, scan, grad, CellGrad(model), pack(model.head[0]), pack(model.head[1])};
   const int64_t size = norm_size(model) + model.deter, parts = thread_count();
   const Buffer sums(parts * size);  // one for each range of rows, added up in their order
   fill(sums.get(), 0, parts * size);
   const int64_t step = (scan.B + parts - 1) / parts;
   parallel_ranges(scan.B, 1, [&](int64_t begin, int64_t end) {
-    const TileScope tiles(compute);
+    const TileScope tiles;
     backward_rows(pass, begin, end, sums.get() + begin / step * size);
   });
   fill(grad.dnorm, 0, norm_size(model));

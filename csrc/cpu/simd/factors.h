@@ -1,39 +1,60 @@
-// Products of factors in bfloat16 with sums in float32, where the instruction set has them. Two
-// factors that follow one another along K lie in 32 bits, the first in the lower half: as vdpbf16ps
-// and the tiles of AMX read both matrices.
-#ifndef FASTDREAMER_CPU_SIMD_BFLOAT16_H
-#define FASTDREAMER_CPU_SIMD_BFLOAT16_H
+// The factors of products: float, or two in bfloat16 where the instruction set has products in it.
+// Two that follow one another along K lie in 32 bits, the first in the lower half, as vdpbf16ps and
+// the tiles of AMX read both matrices.
+#ifndef FASTDREAMER_CPU_SIMD_FACTORS_H
+#define FASTDREAMER_CPU_SIMD_FACTORS_H
 
-#include "fastdreamer.h"
 #include "rows.h"
 
 #if defined(__AMX_BF16__) || defined(FD_AMX_EMULATED)
+#define FD_PAIRS 1
 #define FD_TILES 1
 #include "amx.h"
 #elif defined(__AVX512BF16__)
+#define FD_PAIRS 1
 #include <immintrin.h>
 #endif
 
 namespace fastdreamer {
 namespace FD_ISA {
 
-#if defined(FD_TILES) || defined(__AVX512BF16__)
-#define FD_HAS_BFLOAT16 1
-constexpr bool kHasBfloat16 = true;
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+#ifndef FD_PAIRS
+
+typedef float Factor;
+typedef Vec FactorVec;
+constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel of B
+
+static inline int64_t factors_of(int64_t K) { return K; }
+static inline Vec load_factors(const float* p) { return load(p); }
+static inline Vec broadcast_factor(float x) { return broadcast(x); }
+static inline Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+
+static inline void pack_panel(
+    const float* source, int64_t K, int64_t width, int64_t row_stride, int64_t column_stride,
+    float* panel) {
+  for (int64_t n = 0; n < kPanel; ++n) {
+    const float* column = source + n * column_stride;
+    for (int64_t k = 0; k < K; ++k)
+      panel[k * kPanel + n] = n < width ? column[k * row_stride] : 0.0f;
+  }
+}
+
 #else
-constexpr bool kHasBfloat16 = false;
-#endif
+
+typedef int32_t Factor;
+typedef IntVec FactorVec;
+constexpr int64_t kPanel = 32;
 #ifdef FD_TILES
 constexpr int64_t kTileRows = 16, kTilePairs = 16;
 #else
 constexpr int64_t kTileRows = 1, kTilePairs = 1;
 #endif
-constexpr int64_t kPairPanel = 32;  // columns of a panel of pairs
 // Rows and pairs of the left matrix that are rounded at a time, and the pairs from row to row.
 constexpr int64_t kBlockRows = 48, kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
 
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-static inline int64_t pairs_of(int64_t K) { return round_up((K + 1) / 2, kTilePairs); }
+static inline int64_t factors_of(int64_t K) { return round_up((K + 1) / 2, kTilePairs); }
 
 typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
 
@@ -69,54 +90,26 @@ static inline void round_rows(const float* first, const float* second, int64_t n
   });
 }
 
-// B (K, N) in panels of kPairPanel columns, pair after pair; all filled up with zeros. B[k, n] =
-// source[k * row_stride + n * column_stride], and one of the strides is 1.
-static inline void pack_pairs(
-    const float* source, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride,
-    int32_t* packed) {
-  const int64_t pairs = pairs_of(K);
-  for (int64_t i = 0; i < round_up(N, kPairPanel) * pairs; ++i) packed[i] = 0;
-  for (int64_t p = 0; p < N; p += kPairPanel) {
-    int32_t* panel = packed + p * pairs;
-    const int64_t width = N - p < kPairPanel ? N - p : kPairPanel;
-    if (row_stride == 1) {
-      int32_t column[kBlockPairs];
-      for (int64_t n = 0; n < width; ++n)
-        for (int64_t k = 0; k < K; k += 2 * kBlockPairs) {
-          const int64_t left = K - k < 2 * kBlockPairs ? K - k : 2 * kBlockPairs;
-          round_row(source + (p + n) * column_stride + k, left, column, 0);
-          for (int64_t i = 0; 2 * i < left; ++i) panel[(k / 2 + i) * kPairPanel + n] = column[i];
-        }
-    } else {
-      for (int64_t k = 0; k < K; k += 2) {
-        const float* row = source + k * row_stride + p;
-        round_rows(row, k + 1 < K ? row + row_stride : nullptr, width, panel + k / 2 * kPairPanel);
-      }
+// As in float32, and rows are filled up to whole tiles; one of the strides is 1.
+static inline void pack_panel(
+    const float* source, int64_t K, int64_t width, int64_t row_stride, int64_t column_stride,
+    int32_t* panel) {
+  for (int64_t i = 0; i < factors_of(K) * kPanel; ++i) panel[i] = 0;
+  if (row_stride != 1) {
+    for (int64_t k = 0; k < K; k += 2) {
+      const float* row = source + k * row_stride;
+      round_rows(row, k + 1 < K ? row + row_stride : nullptr, width, panel + k / 2 * kPanel);
     }
+    return;
   }
+  int32_t column[kBlockPairs];
+  for (int64_t n = 0; n < width; ++n)
+    for (int64_t k = 0; k < K; k += 2 * kBlockPairs) {
+      const int64_t left = K - k < 2 * kBlockPairs ? K - k : 2 * kBlockPairs;
+      round_row(source + n * column_stride + k, left, column, 0);
+      for (int64_t i = 0; 2 * i < left; ++i) panel[(k / 2 + i) * kPanel + n] = column[i];
+    }
 }
-
-// The tiles of the calling thread, from here to the end of its scope: products in bfloat16 need
-// them where they are computed by tiles.
-class TileScope {
- public:
-#ifdef FD_TILES
-  explicit TileScope(int32_t compute) : used_(compute == FD_BFLOAT16) {
-    static const TileConfig config = {
-        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    if (used_) _tile_loadconfig(&config);
-  }
-  ~TileScope() {
-    if (used_) _tile_release();
-  }
-
- private:
-  bool used_;
-#else
-  explicit TileScope(int32_t) {}
-  ~TileScope() {}
-#endif
-};
 
 #ifdef FD_TILES
 // 16 rows, or 32 with `two`, by 32 columns of sums (32, 32) of products over `pairs` pairs.
@@ -130,10 +123,10 @@ static inline void multiply_tiles(int64_t pairs, const int32_t* A, const int32_t
     _tile_zero(3);
   }
   for (int64_t k = 0; k < pairs; k += kTilePairs) {
-    const int32_t* right = B + k * kPairPanel;
+    const int32_t* right = B + k * kPanel;
     _tile_loadd(4, A + k, kBlockStride * 4);
-    _tile_loadd(6, right, kPairPanel * 4);
-    _tile_loadd(7, right + 16, kPairPanel * 4);
+    _tile_loadd(6, right, kPanel * 4);
+    _tile_loadd(7, right + 16, kPanel * 4);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (two) {
@@ -142,35 +135,54 @@ static inline void multiply_tiles(int64_t pairs, const int32_t* A, const int32_t
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, kPairPanel * 4);
-  _tile_stored(1, sums + 16, kPairPanel * 4);
+  _tile_stored(0, sums, kPanel * 4);
+  _tile_stored(1, sums + 16, kPanel * 4);
   if constexpr (two) {
-    _tile_stored(2, sums + kTileRows * kPairPanel, kPairPanel * 4);
-    _tile_stored(3, sums + kTileRows * kPairPanel + 16, kPairPanel * 4);
+    _tile_stored(2, sums + kTileRows * kPanel, kPanel * 4);
+    _tile_stored(3, sums + kTileRows * kPanel + 16, kPanel * 4);
   }
 }
 
 // `columns` of a panel for the rows of a block.
-static inline void multiply_block(
-    int64_t rows, int64_t pairs, const int32_t* A, const int32_t* B, float* C, int64_t ldc,
+static inline void multiply_panel(
+    int64_t rows, int64_t pairs, const int32_t* A, int64_t, const int32_t* B, float* C, int64_t ldc,
     int64_t columns, bool add_to) {
-  alignas(64) float sums[2 * kTileRows * kPairPanel];
+  alignas(64) float sums[2 * kTileRows * kPanel];
   for (int64_t m = 0; m < rows; m += 2 * kTileRows) {
     if (rows - m > kTileRows) multiply_tiles<true>(pairs, A + m * kBlockStride, B, sums);
     else multiply_tiles<false>(pairs, A + m * kBlockStride, B, sums);
     for (int64_t i = 0; i < 2 * kTileRows && m + i < rows; ++i) {
-      if (add_to) add(sums + i * kPairPanel, C + (m + i) * ldc, columns);
-      else copy(sums + i * kPairPanel, C + (m + i) * ldc, columns);
+      if (add_to) add(sums + i * kPanel, C + (m + i) * ldc, columns);
+      else copy(sums + i * kPanel, C + (m + i) * ldc, columns);
     }
   }
 }
-#elif defined(__AVX512BF16__)
+#else
 static inline IntVec load_factors(const int32_t* p) { return load_bits(p); }
 static inline IntVec broadcast_factor(int32_t pair) { return pair + IntVec{}; }
 static inline Vec multiply_add(Vec sum, IntVec a, IntVec b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 #endif
+#endif
+
+// The tiles of the calling thread, from here to the end of its scope: products need them where they
+// are computed by tiles.
+class TileScope {
+ public:
+#ifdef FD_TILES
+  TileScope() {
+    static const TileConfig config = {
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+#else
+  TileScope() {}
+  ~TileScope() {}
+#endif
+  TileScope(const TileScope&) = delete;
+};
 
 }  // namespace FD_ISA
 }  // namespace fastdreamer
