@@ -98,6 +98,7 @@ def assert_rows_equal(actual: Tensor, expected: Tensor) -> None:
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference, relative."""
+    actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
