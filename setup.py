@@ -33,6 +33,12 @@ def find_compiler() -> str | None:
     return None
 
 
+def accepts(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+
+
 def has_cuda() -> bool:
     """Whether nvcc is new enough for sm_90 and what CMakeLists.txt asks of it."""
     if os.environ.get("FASTDREAMER_CUDA") == "0" or not shutil.which("cmake"):
@@ -51,13 +57,19 @@ CUDA = COMPILER is not None and has_cuda()
 # What CMakeLists.txt says, for a machine that has a compiler but no CMake.
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Icsrc/cpu"]
 SIMD_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
-ISAS = {"portable": []}
+PRODUCTS = {"gru_step", "rssm_imagine", "rssm_observe", "unimix"}  # of the sets in BFLOAT16
+ISAS: dict[str, list[str]] = {"portable": []}
+BFLOAT16: dict[str, list[str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
     ISAS["avx512"] = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")] + [
         "-mfma",
         "-mprefer-vector-width=512",
     ]
+    BFLOAT16["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    BFLOAT16["amx"] = [*BFLOAT16["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    if COMPILER and not accepts(COMPILER, BFLOAT16["amx"]):
+        BFLOAT16.clear()
 
 
 class CLibrary(Extension):
@@ -80,9 +92,11 @@ class BuildLibrary(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         simd = sorted(glob("csrc/cpu/simd/*.cpp"))
-        units = [(source, "", []) for source in ext.sources if source not in simd]
-        for isa, flags in ISAS.items():
-            units += [(source, isa, [f"-DFD_ISA={isa}", *SIMD_FLAGS, *flags]) for source in simd]
+        sets = ["-DFD_BFLOAT16_SETS"] * bool(BFLOAT16)
+        units = [(source, "", sets) for source in ext.sources if source not in simd]
+        for isa, flags in {**ISAS, **BFLOAT16}.items():
+            chosen = [s for s in simd if isa in ISAS or Path(s).stem in PRODUCTS]
+            units += [(s, isa, [f"-DFD_ISA={isa}", *SIMD_FLAGS, *flags]) for s in chosen]
         objects = []
         for source, isa, flags in units:
             objects.append(str(folder / f"{Path(source).stem}-{isa}.o"))

@@ -63,7 +63,7 @@ def _timing(shape: tuple[int, ...], by: dict[str, dict[str, Any]]) -> str:
     """Shape, times and ratio as cells."""
     times = {backend: row["median_s"] for backend, row in by.items()}
     cells = [_duration(times.get(k)) for k in ("reference", "compile(reference)", "cpp")]
-    others = [v for k, v in times.items() if k != "cpp"]
+    others = [v for k, v in times.items() if not k.startswith("cpp")]
     ratio = f"{min(others) / times['cpp']:.1f} x" if others and "cpp" in times else "-"
     return " | ".join([" x ".join(map(str, shape)), *cells, ratio])
 

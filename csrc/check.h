@@ -14,6 +14,8 @@ inline bool any_null(std::initializer_list<const void*> pointers) {
   return false;
 }
 
+inline bool is_compute(int32_t type) { return type == FD_FLOAT32 || type == FD_BFLOAT16; }
+
 inline int32_t check_gru(const fd_gru& cell) {
   const bool blocks = cell.cell == FD_CELL_BLOCK_GRU;
   if (!blocks && (cell.cell != FD_CELL_GRU || cell.blocks != 1)) return FD_ERROR_SIZE;

@@ -40,11 +40,14 @@ enum fd_dtype {
   FD_UINT8 = 3,
 };
 
-/* Instruction sets of the CPU library, from the slowest to the fastest. */
+/* Instruction sets of the CPU library, each with what those before it have. The last two have
+ * products in bfloat16; on the others, those asked for in bfloat16 are computed in float32. */
 enum fd_isa {
   FD_ISA_PORTABLE = 0,
   FD_ISA_AVX2 = 1,
   FD_ISA_AVX512 = 2,
+  FD_ISA_AVX512BF16 = 3,
+  FD_ISA_AMX = 4,
 };
 
 FD_API int32_t fd_abi_version(void);
@@ -58,8 +61,9 @@ FD_API int32_t fd_set_isa(int32_t isa);
  * runtime (null: one thread). */
 FD_API int32_t fd_set_threads(void* gomp_parallel, int64_t threads);
 
-/* How a scan runs on a device other than the CPU, whose library takes null. Where `workspace` is
- * null, a call only sets workspace_bytes to what it needs there; any contents will do. */
+/* How a scan runs. The CPU library reads `compute` alone and takes null for FD_FLOAT32. On another
+ * device, where `workspace` is null, a call only sets workspace_bytes to what it needs there; any
+ * contents will do. */
 typedef struct fd_launch {
   int32_t compute; /* type of the products' factors: FD_FLOAT32 or FD_BFLOAT16; sums are float32 */
   void* workspace; /* on the device, aligned to 16 bytes */
@@ -244,16 +248,17 @@ typedef struct fd_gru {
 } fd_gru;
 
 /* One step: next (rows, D). hidden (rows, D; blocks only) and gates (rows, 3 D) are kept for the
- * backward pass, as in fd_observe. */
+ * backward pass, as in fd_observe. compute: as in fd_launch. */
 FD_API int32_t fd_gru_step(
     const fd_gru* cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
-    float* next);
+    float* next, int32_t compute);
 
 /* Gradients of h, x, hidden and gates from dnext; what of the weights follows is one product. dnorm
  * (6 D, or 2 D with blocks): of the norm's scale, then of its shift. */
 FD_API int32_t fd_gru_step_backward(
     const fd_gru* cell, int64_t rows, const float* h, const float* hidden, const float* gates,
-    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm);
+    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm,
+    int32_t compute);
 
 /* Lambda returns of N rows over T steps; all tensors (N, T):
  *   ret[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t] + lam[t] * ret[t + 1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import library
 from .library import Arguments
-from .register import on_triton, register
+from .register import compute_type, on_triton, products_in, register
 
 
 def gru_step(
@@ -87,7 +87,8 @@ def compiled_gru_step(
 ) -> Tensor:
     """`gru_step` by the operator: float32; Triton also takes bfloat16 beside a float32 norm.
 
-    Other types, and states that are too wide for Triton's kernels, are served by the reference.
+    The C++ library multiplies in bfloat16 where autocast says so and the processor can. Other
+    types, and states that are too wide for Triton's kernels, are served by the reference.
     """
     if not _served(h, WIDEST_GRU):
         return gru_step(h, x, weight, scale, shift, eps)
@@ -106,7 +107,8 @@ def compiled_block_gru_step(
 ) -> Tensor:
     """`block_gru_step` by the operator: float32; Triton also takes bfloat16 beside float32 vectors.
 
-    Other types, and states that are too wide for Triton's kernels, are served by the reference.
+    The C++ library multiplies in bfloat16 where autocast says so and the processor can. Other
+    types, and states that are too wide for Triton's kernels, are served by the reference.
     """
     weights = (hidden_weight, hidden_bias, scale, gate_weight, gate_bias)
     if not _served(h, WIDEST_BLOCK_GRU):
@@ -122,12 +124,13 @@ def _served(h: Tensor, widest: int) -> bool:
 
 def _by_rows(operator: Callable, h: Tensor, x: Tensor, *weights_and_eps: Any) -> Tensor:
     """Over all leading dimensions, which h and x share."""
+    compute = torch.float32 if on_triton(h) else compute_type("cpu")
     if h.ndim == x.ndim == 2:
-        return operator(h, x, *weights_and_eps)[0]
+        return operator(h, x, *weights_and_eps, compute)[0]
     if h.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"gru_step: h {tuple(h.shape)} and x {tuple(x.shape)} differ in rows")
     rows = (t.reshape(h.shape[:-1].numel(), t.shape[-1]) for t in (h, x))
-    return operator(*rows, *weights_and_eps)[0].reshape(h.shape)
+    return operator(*rows, *weights_and_eps, compute)[0].reshape(h.shape)
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -145,8 +148,8 @@ class CGRU(Arguments):
     ]
 
 
-FWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 5)
-BWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 9)
+FWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 5, *library.INT)
+BWD_SIGNATURE = (ctypes.POINTER(CGRU), *library.SIZE, *library.OUTPUT * 9, *library.INT)
 GRU = "Tensor weight, Tensor scale, Tensor shift"
 BLOCK_GRU = (
     "Tensor hidden_weight, Tensor hidden_bias, Tensor scale, Tensor gate_weight, Tensor gate_bias"
@@ -197,18 +200,18 @@ def _check(h: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
         raise ValueError(f"{name}: inputs on {h.device} and {devices.pop()}")
 
 
-def _fake(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
+def _fake(h: Tensor, x: Tensor, *weights_and_options: Any) -> tuple[Tensor, ...]:
     """The next state, the hidden layer before its norm (blocks only), the gates."""
-    *weights, _eps = weights_and_eps
+    *weights, _eps, _compute = weights_and_options
     _check(h, x, weights)
     (rows, deter), blocks = h.shape, len(weights) == 5
     widths = (deter, deter, 3 * deter) if blocks else (deter, 3 * deter)
     return tuple(h.new_empty(rows, width) for width in widths)
 
 
-def _cpu(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
-    outputs = _fake(h, x, *weights_and_eps)
-    *weights, eps = weights_and_eps
+def _cpu(h: Tensor, x: Tensor, *weights_and_options: Any) -> tuple[Tensor, ...]:
+    outputs = _fake(h, x, *weights_and_options)
+    *weights, eps, compute = weights_and_options
     h, x, *weights = (t.contiguous() for t in (h, x, *weights))
     next_, *hidden, gates = outputs
     library.function("fd_gru_step", FWD_SIGNATURE)(
@@ -219,13 +222,14 @@ def _cpu(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
         hidden[0].data_ptr() if hidden else None,
         gates.data_ptr(),
         next_.data_ptr(),
+        library.COMPUTE_DTYPES[compute],
     )
     return outputs
 
 
 def _fake_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of h, x, the hidden layer (blocks only), the gates; of the norm's parameters."""
-    scale, kept = (rest[2], rest[5:-1]) if len(rest) == 8 else (rest[1], rest[3:-1])
+    scale, kept = (rest[2], rest[5:-2]) if len(rest) == 9 else (rest[1], rest[3:-2])
     if dnext.shape != h.shape or dnext.dtype != h.dtype:
         shapes = f"{tuple(dnext.shape)} {dnext.dtype}, {tuple(h.shape)} {h.dtype}"
         raise ValueError(f"gru_step: dnext and h differ: {shapes}")
@@ -235,9 +239,9 @@ def _fake_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Ten
 
 def _cpu_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     grads = _fake_backward(dnext, h, x, *rest)
-    *tensors, eps = rest
+    *tensors, eps, compute = rest
     dnext, h, x, *tensors = (t.contiguous() for t in (dnext, h, x, *tensors))
-    weights, kept = (tensors[:5], tensors[5:]) if len(rest) == 8 else (tensors[:3], tensors[3:])
+    weights, kept = (tensors[:5], tensors[5:]) if len(rest) == 9 else (tensors[:3], tensors[3:])
     dh, dx, *dkept, dnorm = grads
     hidden, dhidden = (kept[0].data_ptr(), dkept[0].data_ptr()) if len(kept) == 2 else (None, None)
     library.function("fd_gru_step_backward", BWD_SIGNATURE)(
@@ -252,12 +256,13 @@ def _cpu_backward(dnext: Tensor, h: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
         dhidden,
         dkept[-1].data_ptr(),
         dnorm.data_ptr(),
+        library.COMPUTE_DTYPES[compute],
     )
     return grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.compute = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -265,20 +270,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dnext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     h, x = saved[:2]
-    dh, dx, dgates, dnorm = torch.ops.fastdreamer.gru_step_backward(dnext, *saved, ctx.eps)
+    dh, dx, dgates, dnorm = torch.ops.fastdreamer.gru_step_backward(
+        dnext, *saved, ctx.eps, ctx.compute
+    )
     dscale, dshift = dnorm.chunk(2)
-    return dh, dx, dgates.T @ torch.cat([h, x], 1), dscale, dshift, None
+    with products_in(ctx.compute, h):
+        dweight = dgates.T @ torch.cat([h, x], 1)
+    return dh, dx, dweight.to(h.dtype), dscale, dshift, None, None
 
 
 def _block_backward(ctx: Any, dnext: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    h, x, hidden_weight, _hidden_bias, scale, _gate_weight, _gate_bias, hidden, _gates = saved
+    h, x, hidden_weight, hidden_bias, scale, *gate_weights, hidden, _gates = saved
+    weights = (hidden_weight, hidden_bias, *gate_weights)
     operator = torch.ops.fastdreamer.block_gru_step_backward
-    dh, dx, dhidden, dgates, dnorm = operator(dnext, *saved, ctx.eps)
+    dh, dx, dhidden, dgates, dnorm = operator(dnext, *saved, ctx.eps, ctx.compute)
     z = torch.ops.fastdreamer.norm_act(hidden, scale, None, "rms", ctx.eps)
     blocks = hidden_weight.shape[0]
-    dweight, dbias, *dlast = block_weight_gradients(h, x, z, dhidden, dgates, blocks)
-    return dh, dx, dweight, dbias, dnorm.chunk(2)[0], *dlast, None
+    with products_in(ctx.compute, h):
+        dweights = block_weight_gradients(h, x, z, dhidden, dgates, blocks)
+    dweight, dbias, *dlast = (
+        grad.to(weight.dtype) for grad, weight in zip(dweights, weights, strict=True)
+    )
+    return dh, dx, dweight, dbias, dnorm.chunk(2)[0], *dlast, None, None
 
 
 def block_weight_gradients(
@@ -303,9 +317,13 @@ def block_weight_gradients(
 def _register(name: str, weights: str, kept: str, backward: Callable) -> None:
     """``kept``: names of what a step keeps for its backward pass, behind its next state."""
     tensors, grads = (", ".join(f"Tensor {mark}{k}" for k in kept.split()) for mark in ("", "d"))
-    schema = f"(Tensor h, Tensor x, {weights}, float eps) -> (Tensor next, {tensors})"
+    schema = (
+        f"(Tensor h, Tensor x, {weights}, float eps, ScalarType compute) -> "
+        f"(Tensor next, {tensors})"
+    )
     backward_schema = (
-        f"(Tensor dnext, Tensor h, Tensor x, {weights}, {tensors}, float eps) -> "
+        f"(Tensor dnext, Tensor h, Tensor x, {weights}, {tensors}, "
+        f"float eps, ScalarType compute) -> "
         f"(Tensor dh, Tensor dx, {grads}, Tensor dnorm)"
     )
     register(name, schema, _cpu, _fake, (_setup_context, backward))

@@ -281,9 +281,16 @@ def gates_backward(
 
 
 def gru_step_triton(
-    h: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float
+    h: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    next_, gates = _fake(h, x, weight, scale, shift, eps)
+    """All products are in the type of the inputs, whatever ``compute`` is, as in the others."""
+    next_, gates = _fake(h, x, weight, scale, shift, eps, compute)
     h, scale, shift = h.contiguous(), scale.contiguous(), shift.contiguous()
     torch.mm(torch.cat([h, x], 1), weight.T, out=gates)
     gates_forward(gates, scale, shift, h, eps, next_)
@@ -299,8 +306,9 @@ def gru_step_backward_triton(
     shift: Tensor,
     gates: Tensor,
     eps: float,
+    compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    grads = _fake_backward(dnext, h, x, weight, scale, shift, gates, eps)
+    grads = _fake_backward(dnext, h, x, weight, scale, shift, gates, eps, compute)
     dnext, gates, scale, shift, h = (t.contiguous() for t in (dnext, gates, scale, shift, h))
     dh, dx, dgates, dnorm = grads
     gates_backward(dnext, gates, scale, shift, h, eps, (dgates, dh, dnorm))
@@ -339,9 +347,9 @@ def block_gates_backward(
     launch(block_gates_bwd_kernel, grid, *tensors, rows, deter, deter // blocks, **block)
 
 
-def block_gru_step_triton(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, ...]:
-    next_, hidden, gates = _fake(h, x, *weights_and_eps)
-    *weights, eps = weights_and_eps
+def block_gru_step_triton(h: Tensor, x: Tensor, *weights_and_options: Any) -> tuple[Tensor, ...]:
+    next_, hidden, gates = _fake(h, x, *weights_and_options)
+    *weights, eps, _compute = weights_and_options
     h, *weights = (t.contiguous() for t in (h, *weights))
     hidden_weight, hidden_bias, scale, gate_weight, gate_bias = weights
     blocks, width, _ = gate_weight.shape
@@ -356,10 +364,10 @@ def block_gru_step_triton(h: Tensor, x: Tensor, *weights_and_eps: Any) -> tuple[
 
 
 def block_gru_step_backward_triton(
-    dnext: Tensor, h: Tensor, x: Tensor, *weights_kept_and_eps: Any
+    dnext: Tensor, h: Tensor, x: Tensor, *weights_kept_and_options: Any
 ) -> tuple[Tensor, ...]:
-    grads = _fake_backward(dnext, h, x, *weights_kept_and_eps)
-    *tensors, eps = weights_kept_and_eps
+    grads = _fake_backward(dnext, h, x, *weights_kept_and_options)
+    *tensors, eps, _compute = weights_kept_and_options
     dnext, h, *tensors = (t.contiguous() for t in (dnext, h, *tensors))
     hidden_weight, _, scale, gate_weight, _, hidden, gates = tensors
     dh, dx, dhidden, dgates, dnorm = grads

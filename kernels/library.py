@@ -118,13 +118,14 @@ def launch(name: str, on: Tensor, compute: torch.dtype, *structures: ctypes.Stru
     """Call ``name`` by the library of the device that ``on`` is on, in its current stream.
 
     Args:
-        compute: float32 or bfloat16, what a GPU multiplies in; the CPU library takes float32.
+        compute: float32 or bfloat16, what products multiply in; a CPU without products in bfloat16
+            takes float32 for both.
 
     Raises UnsupportedError where the device takes no model of this size.
     """
     kind = serves(on)
     if kind == "cpu":
-        _scan(name, kind, structures)(None)
+        _scan(name, kind, structures)(Launch(compute=COMPUTE_DTYPES[compute]))
         return
     with torch.cuda.device_of(on):
         stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else None
@@ -146,13 +147,13 @@ def takes(name: str, device: torch.device, compute: torch.dtype, *structures: An
     return True
 
 
-def _scan(name: str, kind: str, structures: tuple[Any, ...]) -> Callable[[Launch | None], None]:
+def _scan(name: str, kind: str, structures: tuple[Any, ...]) -> Callable[[Launch], None]:
     signature = (*(ctypes.POINTER(type(x)) for x in structures), ctypes.POINTER(Launch))
     call, pointers = function(name, signature, kind), [ctypes.byref(x) for x in structures]
-    return lambda launching: call(*pointers, launching and ctypes.byref(launching))
+    return lambda launching: call(*pointers, ctypes.byref(launching))
 
 
-ISAS = ("portable", "avx2", "avx512")  # as in csrc/fastdreamer.h
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # as in csrc/fastdreamer.h
 
 
 def isa() -> str:

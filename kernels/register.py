@@ -78,3 +78,15 @@ def serve(name: str, function: Callable, otherwise: Callable | None = None) -> N
 def on_triton(x: Tensor) -> bool:
     """Whether Triton's kernels serve the operators for this tensor, where they serve any."""
     return x.device.type == "cuda" or INTERPRETED
+
+
+def compute_type(device: str) -> torch.dtype:
+    """What a device's library multiplies in: bfloat16 where autocast says so, else float32."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def products_in(compute: torch.dtype, on: Tensor) -> torch.autocast:
+    """Context in which PyTorch's products are in bfloat16 too, where ``compute`` is."""
+    return torch.autocast(on.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import library
 from .library import Arguments
+from .register import compute_type
 from .rssm_weights import (
     MAX_BLOCKS,
     MAX_CUDA_PARTS,
@@ -29,7 +30,6 @@ from .rssm_weights import (
     c_model,
     check_shapes,
     check_weights,
-    compute_type,
     contiguous,
     drawn,
     layer_shapes,
@@ -149,7 +149,9 @@ def rssm_imagine_cpp(
     noise: Tensor,
     action_noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rssm_imagine` by the C++ library, in float32.
+    """`rssm_imagine` by the C++ library, from and to float32.
+
+    It multiplies in bfloat16 where autocast says so and the processor can, else in float32.
 
     Raises ValueError for shapes that do not fit, TypeError for inputs of several types.
 
@@ -159,7 +161,7 @@ def rssm_imagine_cpp(
     arguments = (weights, policy, deter, stoch, noise, action_noise)
     if not _fits(weights, policy, deter, MAX_HEADS // 2):
         return rssm_imagine(*arguments)
-    return _compute(*arguments, torch.float32)
+    return _compute(*arguments, compute_type("cpu"))
 
 
 def rssm_imagine_cuda(
@@ -176,7 +178,7 @@ def rssm_imagine_cuda(
     the library does not take (as with C++, and 8 parts), are served by the reference.
     """
     arguments = (weights, policy, deter, stoch, noise, action_noise)
-    compute = compute_type()
+    compute = compute_type("cuda")
     sizes = sizes_of(weights, action_noise.shape[-1], weights.prior)
     layers = tuple(layer.weight.shape[0] for layer in policy.layers)
     parts = tuple((head[0].weight.shape[0], len(head)) for head in policy.heads)

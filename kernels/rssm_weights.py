@@ -173,13 +173,6 @@ def contiguous(weights: RSSMWeights) -> RSSMWeights:
     return weights._replace(cell=type(cell)(*parts))  # type: ignore[arg-type]
 
 
-def compute_type() -> torch.dtype:
-    """What the CUDA library multiplies in: bfloat16 where autocast says so, else float32."""
-    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
-        return torch.bfloat16
-    return torch.float32
-
-
 # Whether the cell has blocks; D, S, K, A, U, G; and the outputs of the layers behind the state.
 Sizes = tuple[bool, int, int, int, int, int, int, tuple[int, ...]]
 

@@ -106,7 +106,7 @@ def test_what_is_compiled_exists():
 
 PRODUCTS = {"mm", "addmm", "bmm", "convolution"}
 # What may touch bfloat16 besides: conversions, moves, and resizing between two convolutions.
-MOVES = {"_to_copy", "_unsafe_view", "clone", "squeeze_"}
+MOVES = {"_to_copy", "_unsafe_view", "cat", "clone", "squeeze_"}
 MOVES |= {"max_pool2d_with_indices", "upsample_nearest2d"}
 # The gradient of a bfloat16 tensor has its type; a bias sums it, two uses add theirs.
 GRADIENTS = {"convolution_backward", "max_pool2d_with_indices_backward"}

@@ -168,12 +168,12 @@ def test_nan_stays_in_its_row(compiled, isa, name):
 def test_opcheck(compiled, name):
     inputs = make_inputs(name, SHAPES[1])
     operator = getattr(torch.ops.fastdreamer, name)
-    torch.library.opcheck(operator.default, (*inputs, EPS))
+    torch.library.opcheck(operator.default, (*inputs, EPS, torch.float32))
     with torch.no_grad():
-        next_, *kept = operator(*inputs, EPS)
+        next_, *kept = operator(*inputs, EPS, torch.float32)
     tensors = [x.detach() for x in inputs]
     backward = getattr(torch.ops.fastdreamer, f"{name}_backward")
-    torch.library.opcheck(backward.default, (next_, *tensors, *kept, EPS))
+    torch.library.opcheck(backward.default, (next_, *tensors, *kept, EPS, torch.float32))
 
 
 @names
@@ -226,17 +226,17 @@ class TestCInterface:
     @functions
     def test_null_pointers(self, count):
         with pytest.raises(RuntimeError, match="null pointer"):
-            self.call(count, None, 0, *[None] * count)
+            self.call(count, None, 0, *[None] * count, 0)
         for i in range(count):
             pointers = [self.memory.data_ptr()] * count
             pointers[i] = None
             with pytest.raises(RuntimeError, match="null pointer"):
-                self.call(count, ctypes.byref(self.cell), 1, *pointers)
+                self.call(count, ctypes.byref(self.cell), 1, *pointers, 0)
 
     @functions
     def test_no_rows(self, count):
         pointers = [None] * (count - 1) + [self.memory.data_ptr()]
-        self.call(count, ctypes.byref(self.cell), 0, *pointers)
+        self.call(count, ctypes.byref(self.cell), 0, *pointers, 0)
 
     @functions
     @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ class TestCInterface:
     def test_sizes(self, count, name, value):
         setattr(self.cell, name, value)
         with pytest.raises(RuntimeError, match="size"):
-            self.call(count, ctypes.byref(self.cell), 1, *[self.memory.data_ptr()] * count)
+            self.call(count, ctypes.byref(self.cell), 1, *[self.memory.data_ptr()] * count, 0)
 
     @functions
     @pytest.mark.parametrize("name", ["hidden_weight", "hidden_bias", "gate_weight", "gate_bias"])
     def test_null_weights(self, count, name):
         setattr(self.cell, name, None)
         with pytest.raises(RuntimeError, match="null pointer"):
-            self.call(count, ctypes.byref(self.cell), 1, *[self.memory.data_ptr()] * count)
+            self.call(count, ctypes.byref(self.cell), 1, *[self.memory.data_ptr()] * count, 0)

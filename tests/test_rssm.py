@@ -15,12 +15,9 @@ from torch import Tensor
 
 from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import PolicyWeights, rssm_imagine, rssm_imagine_cpp
-from fastdreamer.kernels.rssm_observe import (
-    CObserve,
-    _flatten,
-    rssm_observe,
-    rssm_observe_cpp,
-)
+from fastdreamer.kernels.rssm_observe import rssm_observe, rssm_observe_cpp
+from fastdreamer.kernels.rssm_observe_operator import CObserve
+from fastdreamer.kernels.rssm_observe_weights import flatten
 from fastdreamer.kernels.rssm_weights import (
     BlockGRUWeights,
     CModel,
@@ -109,9 +106,9 @@ def gradients(operator: Callable, weights: RSSMWeights, scan: list[Tensor]) -> l
     outputs = operator(weights, *scan)
     g = torch.Generator().manual_seed(1)
     loss = sum(
-        (x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in outputs if x.numel()
+        (x * torch.randn(x.shape, generator=g).to(x.dtype)).sum() for x in outputs if x.numel()
     )
-    return list(torch.autograd.grad(loss, [*_flatten(weights), scan[3]], allow_unused=True))
+    return list(torch.autograd.grad(loss, [*flatten(weights), scan[3]], allow_unused=True))
 
 
 @cells
@@ -163,7 +160,7 @@ def test_observe_of_nothing(cpp, cell, size):
     deter, stoch, logp = rssm_observe_cpp(weights, *scan)
     assert deter.shape == (*size, shape[2])
     assert stoch.shape == logp.shape == (*size, shape[3], shape[4])
-    grads = torch.autograd.grad(deter.sum() + logp.sum(), _flatten(weights))
+    grads = torch.autograd.grad(deter.sum() + logp.sum(), flatten(weights))
     assert not any(x.any() for x in grads)
 
 
@@ -198,7 +195,7 @@ def flat_arguments(cell: str, grad: bool = False) -> tuple[Any, ...]:
     weights, scan = make_weights(draw, cell, SHAPES[0]), make_scan(draw, SHAPES[0])
     start, stoch, *rest = scan
     index = (drawn(stoch), drawn(weights.initial_stoch))
-    return (_flatten(weights), start, *index, *rest, weights.eps, weights.mix, torch.float32)
+    return (flatten(weights), start, *index, *rest, weights.eps, weights.mix, torch.float32)
 
 
 @cells

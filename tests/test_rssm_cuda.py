@@ -31,14 +31,10 @@ from fastdreamer.kernels import library
 from fastdreamer.kernels.rssm_imagine import _compute as _imagine
 from fastdreamer.kernels.rssm_imagine import _takes as imagine_takes
 from fastdreamer.kernels.rssm_imagine import rssm_imagine, rssm_imagine_cuda
-from fastdreamer.kernels.rssm_observe import (
-    CObserve,
-    _flatten,
-    _operator,
-    rssm_observe,
-    rssm_observe_cuda,
-)
-from fastdreamer.kernels.rssm_observe import _ask as observe_takes
+from fastdreamer.kernels.rssm_observe import rssm_observe, rssm_observe_cuda
+from fastdreamer.kernels.rssm_observe_operator import CObserve, observe
+from fastdreamer.kernels.rssm_observe_operator import _ask as observe_takes
+from fastdreamer.kernels.rssm_observe_weights import flatten
 from fastdreamer.kernels.rssm_weights import CModel, c_model
 
 pytestmark = pytest.mark.operators
@@ -96,7 +92,7 @@ def test_observe_values(emulate, cell, shape, device):
     weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
     expected = rssm_observe(weights, *scan)
     emulate(*device)
-    actual = _operator(weights, *scan, torch.float32)
+    actual = observe(weights, *scan, torch.float32)
     for name, x, y in zip(("deter", "stoch", "logp"), actual, expected, strict=True):
         torch.testing.assert_close(x, y, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -123,7 +119,7 @@ def test_observe_in_bfloat16(emulate, rounding, cell, shape, device):
     weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
     expected = rssm_observe(weights, *scan)
     emulate(*device)
-    actual = _operator(weights, *scan, torch.bfloat16)
+    actual = observe(weights, *scan, torch.bfloat16)
     for name, x, y in zip(("deter", "stoch", "logp"), actual, expected, strict=True):
         torch.testing.assert_close(x, y, **BFLOAT16, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -136,7 +132,7 @@ def test_observe_gradients(emulate, cell, shape, device):
     weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
     expected = gradients(rssm_observe, weights, scan)
     emulate(*device)
-    actual = gradients(lambda *args: _operator(*args, torch.float32), weights, scan)
+    actual = gradients(lambda *args: observe(*args, torch.float32), weights, scan)
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         y = torch.zeros_like(x) if y is None else y
         size = float(y.abs().max()) + 1
@@ -194,7 +190,7 @@ def test_autocast_chooses_bfloat16(emulate, monkeypatch, cell):
     draw, shape = Draw(), SHAPES[1]
     weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
     emulate(2, 1, 0)
-    expected = _operator(weights, *scan, torch.bfloat16)
+    expected = observe(weights, *scan, torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     actual = rssm_observe_cuda(weights, *scan)
@@ -227,7 +223,7 @@ def test_observe_of_nothing(emulate, cell, size):
     emulate(2, 1, 0)
     deter, _, logp = rssm_observe_cuda(weights, *scan)
     assert deter.shape == (*size, shape[2])
-    grads = torch.autograd.grad(deter.sum() + logp.sum(), _flatten(weights))
+    grads = torch.autograd.grad(deter.sum() + logp.sum(), flatten(weights))
     assert not any(x.any() for x in grads)
 
 
@@ -345,7 +341,7 @@ def test_observe_gradients_in_bfloat16(emulate, rounding, cell, shape):
     weights, scan = make_weights(draw, cell, shape), make_scan(draw, shape)
     expected = gradients(rssm_observe, weights, scan)
     emulate(3, 2, 0)
-    actual = gradients(lambda *args: _operator(*args, torch.bfloat16), weights, scan)
+    actual = gradients(lambda *args: observe(*args, torch.bfloat16), weights, scan)
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         y = torch.zeros_like(x) if y is None else y
         size = float(y.abs().max()) + 1

@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_map
 from fastdreamer import kernels
 from fastdreamer.kernels.rssm_imagine import _compute as imagine
 from fastdreamer.kernels.rssm_imagine import rssm_imagine
-from fastdreamer.kernels.rssm_observe import _flatten, _operator, rssm_observe
+from fastdreamer.kernels.rssm_observe import rssm_observe
+from fastdreamer.kernels.rssm_observe_operator import observe
+from fastdreamer.kernels.rssm_observe_weights import flatten
 
 pytestmark = pytest.mark.operators
 
@@ -62,7 +64,7 @@ def results(operator: Callable, arguments: tuple[Any, ...]) -> tuple[list[Tensor
     g = torch.Generator().manual_seed(1)
     drawn = [torch.randn(x.shape, generator=g) for x in outputs]
     loss = torch.stack([(x * w.to(x.device)).sum() for x, w in zip(outputs, drawn, strict=True)])
-    leaves = [*_flatten(arguments[0]), arguments[4]]
+    leaves = [*flatten(arguments[0]), arguments[4]]
     grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
     return [x.detach().cpu() for x in outputs], [x.cpu() for x in grads]
 
@@ -74,7 +76,7 @@ def test_observe(cell, shape, compute, tolerance):
     draw = Draw(grad=True)
     arguments = (make_weights(draw, cell, shape), *make_scan(draw, shape))
     expected, expected_grads = results(rssm_observe, arguments)
-    actual, grads = results(lambda *x: _operator(*x, compute), moved(arguments))
+    actual, grads = results(lambda *x: observe(*x, compute), moved(arguments))
     for name, x, y in zip(("deter", "stoch", "logp"), actual, expected, strict=True):
         torch.testing.assert_close(x, y, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
     for i, (x, y) in enumerate(zip(grads, expected_grads, strict=True)):
@@ -100,6 +102,6 @@ def test_imagine(cell, shape, compute, tolerance):
 def test_repeats_bit_for_bit(cell, compute):
     draw = Draw(grad=True)
     arguments = moved((make_weights(draw, cell, SHAPES[-2]), *make_scan(draw, SHAPES[-2])))
-    once, again = (results(lambda *x: _operator(*x, compute), arguments) for _ in range(2))
+    once, again = (results(lambda *x: observe(*x, compute), arguments) for _ in range(2))
     for x, y in zip([*once[0], *once[1]], [*again[0], *again[1]], strict=True):
         assert torch.equal(x, y)

@@ -25,6 +25,7 @@ from fastdreamer import checkpoint, plan
 from fastdreamer.cli import parse_config
 from fastdreamer.config import PRESETS, SIZES
 from fastdreamer.errors import UsageError, UserError
+from fastdreamer.kernels import library
 from fastdreamer.loading import load_agent
 from fastdreamer.replay import Replay
 from fastdreamer.staging import WriteBack
@@ -332,15 +333,20 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_a_run_goes_on_in_another_precision(tmp_path, capsys):
+def test_a_run_goes_on_in_another_precision(tmp_path, capsys, monkeypatch):
     """Checkpoints hold float32, and say what the updates before them ran in."""
+    monkeypatch.setattr(library, "isa", lambda: "amx")
+    hint = "this processor has AMX: --precision bf16 may be faster"
     run(tmp_path, "--steps", "70", "--precision", "bf16")
-    assert "\nprecision bf16, compile off, graph off\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nprecision bf16, compile off, graph off\n" in said and hint not in said
     (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
     assert all(v.dtype == torch.float32 for v in saved.load()["agent"].values())
     assert load_agent(tmp_path).bf16
     trainer = run(tmp_path, "--steps", "80")
-    assert "precision fp32 (until step 70 bf16), compile off" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "precision fp32 (until step 70 bf16), compile off" in said
+    assert said.count(hint) == (trainer.agent.ops.backend == "cpp")
     assert not trainer.agent.bf16 and not load_agent(tmp_path).bf16
     assert [line["updates"] for line in lines(tmp_path) if "kl" in line] == list(range(1, 9))
 

@@ -4,15 +4,18 @@
 
 namespace fastdreamer {
 
-FD_DECLARE(void gru_step(
+FD_DECLARE_PRODUCTS(void gru_step(
     const fd_gru&, int64_t, const float*, const float*, float*, float*, float*))
-FD_DECLARE(void gru_step_backward(
+FD_DECLARE_PRODUCTS(void gru_step_backward(
     const fd_gru&, int64_t, const float*, const float*, const float*, const float*, float*, float*,
     float*, float*, float*))
 
 namespace {
 
-int32_t check(const fd_gru* cell, int64_t rows, std::initializer_list<const void*> tensors) {
+int32_t check(
+    const fd_gru* cell, int64_t rows, int32_t compute,
+    std::initializer_list<const void*> tensors) {
+  if (!is_compute(compute)) return FD_ERROR_DTYPE;
   if (!cell) return FD_ERROR_NULL_POINTER;
   if (rows < 0) return FD_ERROR_SIZE;
   if (int32_t error = check_gru(*cell)) return error;
@@ -21,14 +24,15 @@ int32_t check(const fd_gru* cell, int64_t rows, std::initializer_list<const void
 
 void forward(
     const fd_gru& cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
-    float* next) {
-  FD_DISPATCH(gru_step(cell, rows, h, x, hidden, gates, next))
+    float* next, int32_t compute) {
+  FD_DISPATCH_PRODUCTS(compute, gru_step(cell, rows, h, x, hidden, gates, next))
 }
 
 void backward(
     const fd_gru& cell, int64_t rows, const float* h, const float* hidden, const float* gates,
-    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm) {
-  FD_DISPATCH(gru_step_backward(
+    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm,
+    int32_t compute) {
+  FD_DISPATCH_PRODUCTS(compute, gru_step_backward(
       cell, rows, h, hidden, gates, dnext, dh, dx, dhidden, dgates, dnorm))
 }
 
@@ -37,22 +41,23 @@ void backward(
 
 int32_t fd_gru_step(
     const fd_gru* cell, int64_t rows, const float* h, const float* x, float* hidden, float* gates,
-    float* next) {
+    float* next, int32_t compute) {
   using namespace fastdreamer;
-  if (int32_t error = check(cell, rows, {h, x, gates, next})) return error;
+  if (int32_t error = check(cell, rows, compute, {h, x, gates, next})) return error;
   if (rows == 0) return FD_OK;
   if (cell->cell == FD_CELL_BLOCK_GRU && !hidden) return FD_ERROR_NULL_POINTER;
-  forward(*cell, rows, h, x, hidden, gates, next);
+  forward(*cell, rows, h, x, hidden, gates, next, compute);
   return FD_OK;
 }
 
 int32_t fd_gru_step_backward(
     const fd_gru* cell, int64_t rows, const float* h, const float* hidden, const float* gates,
-    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm) {
+    const float* dnext, float* dh, float* dx, float* dhidden, float* dgates, float* dnorm,
+    int32_t compute) {
   using namespace fastdreamer;
-  if (int32_t error = check(cell, rows, {h, gates, dnext, dh, dx, dgates})) return error;
+  if (int32_t error = check(cell, rows, compute, {h, gates, dnext, dh, dx, dgates})) return error;
   const bool blocks = cell->cell == FD_CELL_BLOCK_GRU;
   if (!dnorm || (rows > 0 && blocks && any_null({hidden, dhidden}))) return FD_ERROR_NULL_POINTER;
-  backward(*cell, rows, h, hidden, gates, dnext, dh, dx, dhidden, dgates, dnorm);
+  backward(*cell, rows, h, hidden, gates, dnext, dh, dx, dhidden, dgates, dnorm, compute);
   return FD_OK;
 }

@@ -4,9 +4,10 @@
 
 namespace fastdreamer {
 
-FD_DECLARE(void rssm_observe(const fd_rssm&, const fd_observe&))
-FD_DECLARE(void rssm_observe_backward(const fd_rssm&, const fd_observe&, const fd_observe_grad&))
-FD_DECLARE(void rssm_imagine(const fd_rssm&, const fd_imagine&))
+FD_DECLARE_PRODUCTS(void rssm_observe(const fd_rssm&, const fd_observe&))
+FD_DECLARE_PRODUCTS(void rssm_observe_backward(
+    const fd_rssm&, const fd_observe&, const fd_observe_grad&))
+FD_DECLARE_PRODUCTS(void rssm_imagine(const fd_rssm&, const fd_imagine&))
 
 namespace {
 
@@ -22,44 +23,51 @@ bool are_start_classes(const fd_rssm& model, const fd_observe& scan) {
          are_classes(scan.initial_index, model.stoch, model.classes);
 }
 
-void observe(const fd_rssm& model, const fd_observe& scan) {
-  FD_DISPATCH(rssm_observe(model, scan))
+// What the products multiply in.
+int32_t compute_of(const fd_launch* launch) { return launch ? launch->compute : FD_FLOAT32; }
+
+void observe(const fd_rssm& model, const fd_observe& scan, int32_t compute) {
+  FD_DISPATCH_PRODUCTS(compute, rssm_observe(model, scan))
 }
-void observe_backward(const fd_rssm& model, const fd_observe& scan, const fd_observe_grad& grad) {
-  FD_DISPATCH(rssm_observe_backward(model, scan, grad))
+void observe_backward(
+    const fd_rssm& model, const fd_observe& scan, const fd_observe_grad& grad, int32_t compute) {
+  FD_DISPATCH_PRODUCTS(compute, rssm_observe_backward(model, scan, grad))
 }
-void imagine(const fd_rssm& model, const fd_imagine& args) {
-  FD_DISPATCH(rssm_imagine(model, args))
+void imagine(const fd_rssm& model, const fd_imagine& args, int32_t compute) {
+  FD_DISPATCH_PRODUCTS(compute, rssm_imagine(model, args))
 }
 
 }  // namespace
 }  // namespace fastdreamer
 
-int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan, fd_launch*) {
+int32_t fd_rssm_observe(const fd_rssm* model, const fd_observe* scan, fd_launch* launch) {
   using namespace fastdreamer;
+  if (!is_compute(compute_of(launch))) return FD_ERROR_DTYPE;
   if (int32_t error = check_observe(model, scan)) return error;
   if (scan->B == 0 || scan->T == 0) return FD_OK;
   if (!are_start_classes(*model, *scan)) return FD_ERROR_INDEX;
-  observe(*model, *scan);
+  observe(*model, *scan, compute_of(launch));
   return FD_OK;
 }
 
 int32_t fd_rssm_observe_backward(
-    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad, fd_launch*) {
+    const fd_rssm* model, const fd_observe* scan, const fd_observe_grad* grad, fd_launch* launch) {
   using namespace fastdreamer;
+  if (!is_compute(compute_of(launch))) return FD_ERROR_DTYPE;
   if (int32_t error = check_observe(model, scan)) return error;
   if (int32_t error = check_observe_grad(*model, *scan, grad)) return error;
   if (scan->B > 0 && scan->T > 0 && !are_start_classes(*model, *scan)) return FD_ERROR_INDEX;
-  observe_backward(*model, *scan, *grad);
+  observe_backward(*model, *scan, *grad, compute_of(launch));
   return FD_OK;
 }
 
-int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout, fd_launch*) {
+int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout, fd_launch* launch) {
   using namespace fastdreamer;
+  if (!is_compute(compute_of(launch))) return FD_ERROR_DTYPE;
   if (int32_t error = check_imagine(model, rollout)) return error;
   if (rollout->N == 0) return FD_OK;
   if (!are_classes(rollout->start_index, rollout->N * model->stoch, model->classes))
     return FD_ERROR_INDEX;
-  imagine(*model, *rollout);
+  imagine(*model, *rollout, compute_of(launch));
   return FD_OK;
 }

@@ -77,7 +77,7 @@ class CellGrad {
  public:
   explicit CellGrad(const fd_rssm& model)
       : model_(model),
-        stoch_(model.in_stoch.weight, model.hidden, model.stoch * model.classes, model.in_stoch.stride, 1),
+        stoch_(pack(model.in_stoch)),
         gates_(gru_of(model)) {
     if (model.cell == FD_CELL_BLOCK_GRU) deter_ = pack(model.in_deter);
   }

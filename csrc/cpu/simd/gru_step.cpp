@@ -43,6 +43,7 @@ void gru_step(
   const Gates packed(cell);
   const int64_t D = cell.deter;
   by_parts(rows, [&](int64_t, Part at, int64_t M) {
+    const TileScope tiles;
     const Buffer scratch(packed.scratch(M));
     packed.step(
         M, at(h, D), at(x, cell.inputs), at(hidden, D), at(gates, 3 * D), at(next, D),
@@ -59,6 +60,7 @@ void gru_step_backward(
   const Buffer sums(parts * size);
   fill(sums.get(), 0, parts * size);
   by_parts(rows, [&](int64_t part, Part at, int64_t M) {
+    const TileScope tiles;
     const Buffer scratch(packed.scratch(M));
     const Rows<float> dinputs = at(dx, cell.inputs);
     fill(dinputs.data, 0, M * cell.inputs);

@@ -164,6 +164,7 @@ class Rollout {
 void rssm_imagine(const fd_rssm& model, const fd_imagine& args) {
   const Rollout rollout(model, args);
   parallel_for((args.N + kRows - 1) / kRows, [&](int64_t tile) {
+    const TileScope tiles;
     const int64_t end = (tile + 1) * kRows;
     rollout.run(tile * kRows, end < args.N ? end : args.N);
   });

@@ -160,6 +160,7 @@ void rssm_observe(const fd_rssm& model, const fd_observe& scan) {
   const Cell cell(model);
   const Packed by_deter = pack_transposed(model.head[0]), out = pack_transposed(model.head[1]);
   parallel_ranges(scan.B, 1, [&](int64_t begin, int64_t end) {
+    const TileScope tiles;
     forward_rows(model, scan, cell, by_deter, out, begin, end);
   });
 }
@@ -172,6 +173,7 @@ void rssm_observe_backward(
   fill(sums.get(), 0, parts * size);
   const int64_t step = (scan.B + parts - 1) / parts;
   parallel_ranges(scan.B, 1, [&](int64_t begin, int64_t end) {
+    const TileScope tiles;
     backward_rows(pass, begin, end, sums.get() + begin / step * size);
   });
   fill(grad.dnorm, 0, norm_size(model));
