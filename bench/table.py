@@ -48,8 +48,8 @@ def operators(every: bool = False) -> str:
         by = shapes.setdefault((row["pass"], tuple(row["shape"])), {})
         by[row["backend"]] = row
     lines = [
-        "| operator | pass | shape | reference | torch.compile of it | C++ | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| operator | pass | shape | reference | torch.compile of it | C++ | ratio | C++, bf16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for operator, shapes in latest.items():
         slowest = max(shapes, key=lambda key: shapes[key]["reference"]["median_s"])
@@ -60,12 +60,13 @@ def operators(every: bool = False) -> str:
 
 
 def _timing(shape: tuple[int, ...], by: dict[str, dict[str, Any]]) -> str:
-    """Shape, times and ratio as cells."""
+    """Shape, times and ratio as cells, and the time of products in bfloat16 where there is one."""
     times = {backend: row["median_s"] for backend, row in by.items()}
     cells = [_duration(times.get(k)) for k in ("reference", "compile(reference)", "cpp")]
     others = [v for k, v in times.items() if not k.startswith("cpp")]
     ratio = f"{min(others) / times['cpp']:.1f} x" if others and "cpp" in times else "-"
-    return " | ".join([" x ".join(map(str, shape)), *cells, ratio])
+    half = _duration(times.get("cpp bf16"))
+    return " | ".join([" x ".join(map(str, shape)), *cells, ratio, half])
 
 
 def measured_on() -> str:
