@@ -143,13 +143,13 @@ class SeparateLearner(Learner):
             observed = self.observe_batch(batch, noise.post)
             loss = self.world_model_loss(observed)
         metrics = observed.metrics | {"loss/world_model": loss.detach()}
-        metrics |= self.step("world_model", loss)
+        metrics |= self.step(["world_model"], loss)
         # Imagination runs the updated model from the posteriors before its update.
         cont = 1 - batch["is_terminal"].to(loss.dtype).flatten()
         with self.agent.products():
             imagined = self.imagine(observed.states.flatten(), cont, noise.imagine)
             policy_loss, value_loss, behaviour = self.behaviour_losses(imagined)
-        metrics |= behaviour | self.step("actor", policy_loss) | self.step("critic", value_loss)
+        metrics |= behaviour | self.step(["actor", "critic"], policy_loss + value_loss)
         self.update_target()
         self.count += 1
         return metrics, observed.states
@@ -161,16 +161,23 @@ class SeparateLearner(Learner):
         previous = F.pad(batch["action"][:, :-1], (0, 0, 1, 0))
         return self.observe({**batch, "is_first": is_first}, None, previous, noise)
 
-    def step(self, name: str, loss: Tensor) -> Metrics:
-        """Backward, clip by global norm, Adam; returns the norm before clipping."""
-        names = [k for k in self.params if k.startswith(f"{name}.")]
-        params = [self.params[k] for k in names]
-        grads = list(torch.autograd.grad(loss, params))
-        nu, mu = [self.nu[k] for k in names], [self.mu[k] for k in names]
-        lr, clip, eps = (getattr(self.config, f"{k}_{name}") for k in ("lr", "clip", "eps"))
-        data, step = [p.data for p in params], self.progress() + 1
-        norm = self.ops.clip_adam(data, grads, nu, mu, step, lr, clip, eps=eps)
-        return {f"grad_norm/{name}": norm}
+    def step(self, networks: list[str], loss: Tensor) -> Metrics:
+        """Backward, then for each network clip by global norm and Adam; the norms before clipping.
+
+        Networks that compiled heads joined in one graph need one backward pass for all.
+        """
+        names = {k: [n for n in self.params if n.startswith(f"{k}.")] for k in networks}
+        every = [n for own in names.values() for n in own]
+        grads = torch.autograd.grad(loss, [self.params[n] for n in every])
+        by_name = dict(zip(every, grads, strict=True))
+        step, norms = self.progress() + 1, {}
+        for network, own in names.items():
+            lists = [[x[n] for n in own] for x in (by_name, self.nu, self.mu)]
+            data = [self.params[n].data for n in own]
+            lr, clip, eps = (getattr(self.config, f"{k}_{network}") for k in ("lr", "clip", "eps"))
+            norm = self.ops.clip_adam(data, *lists, step, lr, clip, eps=eps)
+            norms[f"grad_norm/{network}"] = norm
+        return norms
 
 
 class JointLearner(Learner):

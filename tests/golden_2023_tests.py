@@ -319,7 +319,7 @@ class TestTrainStep2023(Case2023):
         }
         for ours, theirs in names.items():
             close(metrics[ours], t[f"step1/loss/{theirs}"], tol.loss, ours)
-        norm = learner.step("world_model", loss)["grad_norm/world_model"]
+        norm = learner.step(["world_model"], loss)["grad_norm/world_model"]
         close(norm, t["step1/grad_norm/world_model"], tol.grad, "gradient norm")
 
     def test_world_model_predictions(self, golden, tol):
@@ -357,7 +357,7 @@ class TestTrainStep2023(Case2023):
         grads = dict(
             zip(model, torch.autograd.grad(loss, model.values(), retain_graph=True), strict=True)
         )
-        learner.step("world_model", loss)
+        learner.step(["world_model"], loss)
         start = observed.states.flatten()
         imagined = learner.imagine(start, 1 - batch["is_terminal"].flatten().float(), noise.imagine)
         policy_loss, value_loss, _ = learner.behaviour_losses(imagined)
@@ -373,7 +373,7 @@ class TestTrainStep2023(Case2023):
         t, learner = golden.train, golden.learner()
         agent, batch, noise = learner.agent, golden.batch(0), golden.no_noise()
         observed = learner.observe_batch(batch, noise.post)
-        learner.step("world_model", learner.world_model_loss(observed))
+        learner.step(["world_model"], learner.world_model_loss(observed))
         start = observed.states.flatten()
         imagined = learner.imagine(start, 1 - batch["is_terminal"].flatten().float(), noise.imagine)
         feat, horizon = imagined.feat, golden.horizon
@@ -446,7 +446,7 @@ class TestTrainStep2023(Case2023):
         learner.scale.high.fill_(3.75)
         batch, noise = golden.batch(0), golden.no_noise()
         observed = learner.observe_batch(batch, noise.post)
-        learner.step("world_model", learner.world_model_loss(observed))
+        learner.step(["world_model"], learner.world_model_loss(observed))
         start = observed.states.flatten()
         imagined = learner.imagine(start, 1 - batch["is_terminal"].flatten().float(), noise.imagine)
         policy_loss, value_loss, metrics = learner.behaviour_losses(imagined)
@@ -462,7 +462,7 @@ class TestTrainStep2023(Case2023):
         for module, value in (("actor", policy_loss), ("critic", value_loss)):
             params = dict(getattr(agent, module).named_parameters())
             grads = torch.autograd.grad(value, params.values(), retain_graph=True)
-            learner.step(module, value)
+            learner.step([module], value)
             for (name, parameter), ours in zip(params.items(), grads, strict=True):
                 theirs = names[f"{module}.{name}"]
                 grad, after = arrays[f"step1/grad/{theirs}"], arrays[f"after_step1/{theirs}"]
