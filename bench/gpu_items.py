@@ -281,6 +281,10 @@ def cases(device: str) -> Iterator[Case]:
             for r, s in o.SCANS.items()
         ),
         *(
+            (f"heads {r}-{s}", {"imagined": (o.IMAGINED,)}, heads_inputs(r), both)
+            for r, s in o.SCANS.items()
+        ),
+        *(
             (f"policy_step {r}-{s}", {n: (n,) for n in o.ENVS}, policy_inputs(r), both[:1])
             for r, s in o.SCANS.items()
         ),
@@ -304,6 +308,11 @@ def scan_inputs(scan: str, recipe: str) -> Callable[[tuple[int, int]], list[Any]
     """Of a scan: (rows, steps) -> its inputs."""
     make = operators.observe_inputs if scan == "observe" else operators.imagine_inputs
     return lambda shape: make(recipe, *shape)
+
+
+def heads_inputs(recipe: str) -> Callable[[tuple[int]], list[Any]]:
+    """Of heads: (rows,) -> their inputs."""
+    return lambda shape: operators.heads_inputs(recipe, *shape)
 
 
 def policy_inputs(recipe: str) -> Callable[[tuple[int]], list[Any]]:

@@ -26,6 +26,8 @@ from fastdreamer import kernels
 from fastdreamer.agent import Agent
 from fastdreamer.config import SIZES
 from fastdreamer.kernels import unimix
+from fastdreamer.kernels.heads import Head
+from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.recipe import RECIPES
 
 torch.compiler.config.force_disable_caches = True  # or the first call would not show compiling
@@ -59,6 +61,7 @@ FEATURES = {
     "2023-s": (16384, 512, 32, 32, 512),
     "2025-12m": (16384, 2048, 32, 16, 256),
 }
+IMAGINED = 16384  # N (1 + H)
 BINS = {"replay": (1024, 255), "imagination": (16384, 255)}
 PASSES = ("forward", "forward+backward")
 # B, D, U, G of both cells; by recipe the size whose weights the scans have.
@@ -240,6 +243,24 @@ def imagine_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
 
 
 @cache
+def heads_inputs(recipe: str, rows: int) -> list[Any]:
+    """Of all heads on imagined states, the critic's and the actor's with gradient."""
+    agent, g = atari_agent(recipe, SCANS[recipe]), torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(agent.critic.out.weight, std=0.1, generator=g)  # it starts at 0
+    model, bins = agent.world_model, agent.recipe.bins
+    shape = (rows, model.rssm.deter, *model.rssm.latent, 1)
+    feat, index, _, _, deter, classes = latent_linear_inputs(shape)
+    given = [
+        Head(detached(model.reward.weights()), bins),
+        Head(detached(agent.target_critic.weights()), bins),
+        Head(detached(model.cont.weights())),
+        Head(leaves(agent.critic.weights()), trained=True),
+        Head(leaves(agent.actor.mlp.weights()), trained=True),
+    ]
+    return [feat, Latents(index, deter, classes), given, model.reward.eps]
+
+
+@cache
 def policy_step_inputs(recipe: str, rows: int) -> list[Any]:
     """Of a policy step behind the encoder."""
     agent, g = atari_agent(recipe, SCANS[recipe]), torch.Generator().manual_seed(0)
@@ -384,6 +405,16 @@ def bench_latent_linear(benchmark, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key, inputs = ("latent_linear", pass_, backend, shape), latent_linear_inputs(shape)
     measure(benchmark, run, key, inputs, 5, tolerance=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("recipe", SCANS)
+def bench_heads(benchmark, recipe, pass_, backend, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    key = (f"heads {recipe}-{SCANS[recipe]}", pass_, backend, (IMAGINED,))
+    measure(benchmark, run, key, heads_inputs(recipe, IMAGINED), 5, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(BINS)

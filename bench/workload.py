@@ -24,6 +24,7 @@ from fastdreamer.agent import Agent
 from fastdreamer.config import PRESETS, SIZES, LearnerConfig, ModelConfig
 from fastdreamer.execution import Execution
 from fastdreamer.kernels import Ops, resolve
+from fastdreamer.kernels.twohot import bins
 from fastdreamer.learner import Learner
 from fastdreamer.recipe import RECIPES
 
@@ -120,6 +121,7 @@ class Workload:
     def counted(self) -> Iterator[tuple[Update, Learner, FlopCounterMode]]:
         """An update of the reference in which nothing is computed, its learner, and the counter."""
         agent = self.agent(resolve("reference"))
+        bins(agent.recipe.bins, agent.model.bins, agent.dtype, agent.device)  # are kept: real ones
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             learner = Learner.make(copy.deepcopy(agent), self.learner)
             batch = {k: fake.from_tensor(v) for k, v in self.batch.items()}

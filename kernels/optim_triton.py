@@ -12,7 +12,7 @@ Legend: T tensors, C chunks of all of them.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -221,9 +221,12 @@ def ema_kernel(
     tl.store(target_at, target + RATE * (param - target), inside)
 
 
-@lru_cache(16)
+@cache
 def cut(sizes: tuple[int, ...], device: torch.device) -> Chunks:
-    """Tensor of each chunk (C,), first chunk of each tensor (T + 1,), sizes (T,)."""
+    """Tensor of each chunk (C,), first chunk of each tensor (T + 1,), sizes (T,).
+
+    They are kept for good, for captured launches read them.
+    """
     counts = [triton.cdiv(size, CHUNK) for size in sizes]
     first = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     tensor = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
@@ -360,7 +363,7 @@ def presets() -> None:
         step, lr = torch.empty((), dtype=counted, device="meta"), norm.to(dtype)
         laprop_by_table(table, chunks, step, lr, 0.3, (0.9, 0.999), 1e-20, norm)
         for clip, eps in ((1000.0, 1e-8), (100.0, 1e-5)):
-            adam_by_table(table, chunks, step, lr, clip, (0.9, 0.999), eps, norm)
+            adam_by_table(table, chunks, step, lr.double(), clip, (0.9, 0.999), eps, norm)
     ema_by_table(table, chunks, 0.02)
 
 

@@ -165,6 +165,16 @@ def test_captured_with_its_gradients(operator, reference, clip, device):
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
+def test_what_captured_steps_read_is_kept(device):
+    """However many other lists of tensors are stepped after the capture."""
+    cut = pytest.importorskip("fastdreamer.kernels.optim_triton", exc_type=ImportError).cut
+    place = torch.device(device)
+    first = cut((5, 3000), place)
+    for size in range(1, 50):
+        cut((size,), place)
+    assert all(x is y for x, y in zip(first, cut((5, 3000), place), strict=True))
+
+
 def test_float64_equals_the_reference(operator, reference, clip):
     assert_same_steps(operator, reference, inputs_of(torch.float64), clip)
 

@@ -149,6 +149,14 @@ def test_a_limited_instruction_set_is_part_of_the_record(monkeypatch) -> None:
     assert results.command().startswith("FASTDREAMER_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ")
 
 
+def test_the_table_takes_operators_timed_without_the_reference(monkeypatch) -> None:
+    row = {"operator": "ema", "pass": "step", "backend": "cpp", "shape": [7], "median_s": 2e-3}
+    other = row | {"backend": "reference", "shape": [3], "median_s": 5e-3}
+    for rows, expected in (([row], "| 7 | - | - | 2 ms | - |"), ([row, other], "| 3 | 5 ms | - |")):
+        monkeypatch.setattr(table, "timings", lambda rows=rows: rows)
+        assert f"| `ema` | step {expected}" in table.operators()
+
+
 class TestWorkload:
     @pytest.mark.parametrize(("recipe", "obs"), [("2023", "image"), ("2025", "vector")])
     def test_operations_are_those_of_a_real_update(self, recipe: str, obs: str) -> None:
