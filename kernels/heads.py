@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import library
 from .latent_linear import FEWEST_CLASSES, Latents, compiled_latent_linear
@@ -155,7 +156,13 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, feat, index, *weights = ctx.saved_tensors
+        return _Trained.gradients(ctx, dy, *ctx.saved_tensors)
+
+    @staticmethod
+    @once_differentiable  # in the weights too: what was kept would be taken for constant
+    def gradients(
+        ctx: Any, dy: Tensor, kept: Tensor, feat: Tensor, index: Tensor, *weights: Any
+    ) -> tuple[Tensor | None, ...]:
         head = Head(tuple(Layer(*weights[i : i + 4]) for i in range(0, len(weights), 4)))
         before, inputs = _kept_matrices(kept, head, feat)
         grads: list[Tensor | None] = []

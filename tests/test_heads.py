@@ -181,6 +181,19 @@ def test_no_gradient_to_features(compiled, operator):
         operator(feat.requires_grad_(), *rest, EPS)
 
 
+def test_no_second_derivative(compiled):
+    """It would take what is kept of the first pass for constant."""
+    if compiled.backend != "cpp":
+        pytest.skip("each operator refuses by itself")
+    feat, latents, given, _ = make_inputs(SHAPES[1])
+    first, *_, last = given[3].layers
+    for loss in (Tensor.sum, lambda y: y.square().sum()):
+        (y,) = heads_cpp(feat, latents, [Head((first, last), trained=True)], EPS)
+        (grad,) = torch.autograd.grad(loss(y), last.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (y.sum() + grad.sum()).backward()
+
+
 def test_a_class_out_of_range_is_refused(compiled):
     if compiled.backend != "cpp":
         pytest.skip("a GPU takes it for none")

@@ -42,14 +42,11 @@ struct At {
   }
 };
 
-// The previous action as the cell takes it: 0 at a first step, within -1..1 for blocks.
+// The previous action as the cell takes it: 0 at a first step.
 void previous_action(const At& at, int64_t m, float* to) {
-  const fd_rssm& model = at.model;
-  const float* from = at.rows(at.scan.action, model.action)[m];
-  for (int64_t i = 0; i < model.action; ++i) {
-    const float size = from[i] < 0 ? -from[i] : from[i];
-    to[i] = at.first(m) ? 0 : model.cell == FD_CELL_BLOCK_GRU && size > 1 ? from[i] / size : from[i];
-  }
+  const int64_t A = at.model.action;
+  if (at.first(m)) fill(to, 0, A);
+  else limit_action(at.model, at.rows(at.scan.action, A)[m], to);
 }
 
 void forward_rows(
