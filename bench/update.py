@@ -187,7 +187,8 @@ def chosen(options: Options, workload: Workload) -> list[str]:
     for name in names:
         if not rivals.load(name).supports(workload):
             raise UsageError(f"--rivals: {name} has no learner of {workload.name}")
-    return names
+    # After TorchRL has registered its schemas with Hydra, sheeprl's configuration fails.
+    return [name for name in rivals.NAMES if name in names]
 
 
 def own_settings(workload: Workload, ops: Ops) -> rivals.Makers:
