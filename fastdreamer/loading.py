@@ -79,6 +79,9 @@ def make_agent(
     """
     try:
         ops = resolve(backend or config.backend, device)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"--backend: {error}") from None
+    try:
         boxes: Any = envs.obs_space.spaces
         agent = Agent(boxes, envs.act_space, config.model, RECIPES[config.recipe], ops)
     except (RuntimeError, ValueError) as error:
