@@ -71,10 +71,10 @@ ENVS = (1, 8)
 STEPPED = {"agc_laprop": "12m", "clip_adam": "s"}  # size of the agent
 TARGETS = {"2025": "12m", "2023": "s"}
 SCAN_BACKENDS = ("reference", "cpp", "cpp bf16")
-# PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5.
 # Sums over rows cancel, and so do means over bins.
 SUM_TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
-NORM_TOLERANCE = {"rtol": 5e-5, "atol": 1e-5}
+# PyTorch's float32 norm of the 16 million gradients of size s is itself wrong by 8e-5.
+NORM_TOLERANCE = {"rtol": 2e-4, "atol": 1e-5}
 BFLOAT16_SETS = ("avx512bf16", "amx")  # instruction sets with products in bfloat16
 # In bfloat16, the norm of the difference: of a million draws some fall otherwise.
 BFLOAT16_DISTANCE = 2**-5
@@ -423,6 +423,8 @@ def bench_heads(benchmark, recipe, pass_, backend, round_):
 @in_turns(BINS)
 @pytest.mark.parametrize("name", ["twohot_loss", "twohot_mean"])
 def bench_twohot(benchmark, name, backend, pass_, shape, round_):
+    if name == "twohot_mean" and pass_ != "forward":
+        pytest.skip("a run takes means without gradient")
     run = forward if pass_ == "forward" else forward_backward
     key, inputs = (name, pass_, backend, shape), twohot_inputs(name, shape)
     measure(benchmark, run, key, inputs, 10, tolerance=SUM_TOLERANCE)
