@@ -73,8 +73,12 @@ TARGETS = {"2025": "12m", "2023": "s"}
 SCAN_BACKENDS = ("reference", "cpp", "cpp bf16")
 # Sums over rows cancel, and so do means over bins.
 SUM_TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
-# PyTorch's float32 norm of the 16 million gradients of size s is itself wrong by 8e-5.
-NORM_TOLERANCE = {"rtol": 2e-4, "atol": 1e-5}
+# PyTorch's float32 norm of a tensor of a million elements is itself wrong by 1e-5, that of the 16
+# million gradients of size s by 8.3e-5.
+STEP_TOLERANCE = {
+    "agc_laprop": {"rtol": 5e-5, "atol": 1e-5},
+    "clip_adam": {"rtol": 1e-4, "atol": 1e-5},
+}
 BFLOAT16_SETS = ("avx512bf16", "amx")  # instruction sets with products in bfloat16
 # In bfloat16, the norm of the difference: of a million draws some fall otherwise.
 BFLOAT16_DISTANCE = 2**-5
@@ -479,7 +483,7 @@ def bench_policy_step(benchmark, recipe, rows, backend, round_):
 def bench_step(benchmark, name, backend, round_):
     inputs = step_inputs(name, STEPPED[name])
     key = (name, "step", backend, (sum(x.numel() for x in inputs[0]),))
-    measure(benchmark, forward, key, inputs, rounds=5, tolerance=NORM_TOLERANCE)
+    measure(benchmark, forward, key, inputs, rounds=5, tolerance=STEP_TOLERANCE[name])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

@@ -44,6 +44,21 @@ def adaptive_clip(grads: list[Tensor], params: list[Tensor], clip: float) -> lis
     return list(torch._foreach_div(grads, list(ratios.clamp(min=1).unbind())))
 
 
+Scalar = int | float | Tensor
+
+
+def _corrected(step: Scalar, lr: Scalar, betas: tuple[float, float]) -> tuple[Scalar, Scalar]:
+    """What divides the average of squares, and the negative rate over what divides the other's."""
+    if isinstance(step, Tensor):
+        step = step.double()  # in float32 the first corrections would round to 1e-5
+    return 1 - betas[1] ** step, -lr / (1 - betas[0] ** step)
+
+
+def _like(params: list[Tensor], x: Scalar) -> Any:
+    """A scalar tensor in the parameters' type; numbers as they are."""
+    return x.to(params[0].dtype) if isinstance(x, Tensor) else x
+
+
 @torch.no_grad()
 def laprop(
     params: list[Tensor],
@@ -64,13 +79,8 @@ def laprop(
 
     Source: LaProp (arXiv 2002.04839), eps outside the root.
     """
-    if isinstance(step, Tensor):
-        step = step.double()  # in float32 the first corrections would round to 1e-5
-    correction, rate = 1 - betas[1] ** step, -lr / (1 - betas[0] ** step)
-    if isinstance(correction, Tensor):
-        correction = correction.to(params[0].dtype)
-    if isinstance(rate, Tensor):
-        rate = rate.to(params[0].dtype)
+    correction, rate = _corrected(step, lr, betas)
+    correction, rate = _like(params, correction), _like(params, rate)
     torch._foreach_lerp_(nu, list(torch._foreach_mul(grads, grads)), 1 - betas[1])
     denominator = list(torch._foreach_sqrt(list(torch._foreach_div(nu, correction))))
     torch._foreach_add_(denominator, eps)
@@ -127,13 +137,8 @@ def clip_adam(
     """
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     grads = list(torch._foreach_mul(grads, (clip / (norm + 1e-6)).clamp(max=1)))
-    if isinstance(step, Tensor):
-        step = step.double()
-    root, rate = (1 - beta2**step) ** 0.5, -lr / (1 - beta1**step)
-    if isinstance(root, Tensor):
-        root = root.to(params[0].dtype)
-    if isinstance(rate, Tensor):
-        rate = rate.to(params[0].dtype)
+    correction, rate = _corrected(step, lr, (beta1, beta2))
+    root, rate = _like(params, correction**0.5), _like(params, rate)
     torch._foreach_lerp_(mu, grads, 1 - beta1)
     torch._foreach_mul_(nu, beta2)
     torch._foreach_addcmul_(nu, grads, grads, 1 - beta2)
