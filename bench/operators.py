@@ -79,7 +79,6 @@ STEP_TOLERANCE = {
     "agc_laprop": {"rtol": 5e-5, "atol": 1e-5},
     "clip_adam": {"rtol": 1e-4, "atol": 1e-5},
 }
-BFLOAT16_SETS = ("avx512bf16", "amx")  # instruction sets with products in bfloat16
 # In bfloat16, the norm of the difference: of a million draws some fall otherwise.
 BFLOAT16_DISTANCE = 2**-5
 
@@ -328,7 +327,7 @@ def implementation(name: str, backend: str, shape: tuple[int, ...]) -> Callable[
     if backend == "reference":
         return reference
     library, *precision = backend.split()
-    if precision and kernels.library.isa() not in BFLOAT16_SETS:
+    if precision and kernels.library.isa() not in kernels.library.BFLOAT16_SETS:
         pytest.skip("this processor's products are in float32")
     ops = kernels.resolve(library)
     assert ops.served_by[name] == library, f"{name} is served by {ops.served_by[name]}"

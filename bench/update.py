@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from fastdreamer.config import SIZES
 from fastdreamer.errors import UsageError, UserError
 from fastdreamer.execution import Execution
 from fastdreamer.host import set_up_process
-from fastdreamer.kernels import Ops, resolve
+from fastdreamer.kernels import Ops, library, resolve
 from fastdreamer.loading import choose_device
 from fastdreamer.video import check_output, writing
 
@@ -192,11 +192,14 @@ def chosen(options: Options, workload: Workload) -> list[str]:
 
 
 def own_settings(workload: Workload, ops: Ops) -> rivals.Makers:
-    """Our updates by their settings: float32 on a CPU; on a GPU everything that there is to choose.
+    """Our updates by their settings.
 
-    There plain PyTorch is among them, with and without torch.compile and CUDA graphs.
+    On a CPU float32, and bfloat16 where its kernels have products in it; on a GPU everything that
+    there is to choose, with plain PyTorch among it.
     """
     chosen = {ops.backend: [PLAIN]}
+    if ops.backend == "cpp" and library.isa() in library.BFLOAT16_SETS:
+        chosen[ops.backend].append(replace(PLAIN, precision="bf16"))
     if workload.device == "cuda":
         flags = (True, False)
         every = [Execution("bf16", compile, graph) for compile in flags for graph in flags]

@@ -382,9 +382,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, scale, shift, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros in the size of what is kept
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     wants_dx = ctx.needs_input_grad[0]
     dx, dweight, dbias, dscale, dshift = torch.ops.fastdreamer.conv_norm_act_backward(
         dy, *ctx.saved_tensors, *ctx.options, wants_dx

@@ -154,6 +154,7 @@ def _scan(name: str, kind: str, structures: tuple[Any, ...]) -> Callable[[Launch
 
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # as in csrc/fastdreamer.h
+BFLOAT16_SETS = ISAS[3:]  # with products in bfloat16
 
 
 def isa() -> str:

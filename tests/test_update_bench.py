@@ -16,7 +16,7 @@ from bench import results, rivals, table, update
 from bench.workload import Workload
 from fastdreamer.cli import parse, run
 from fastdreamer.errors import UsageError, UserError
-from fastdreamer.kernels import resolve
+from fastdreamer.kernels import library, resolve
 
 SHORT = ("--size", "debug", "--rounds", "2", "--threads", "1")
 
@@ -142,6 +142,13 @@ class TestResult:
         assert (
             "| sheeprl 1.0: " in table.updates() and f"| {row['ratio']:.1f} x |" in table.updates()
         )
+
+
+@pytest.mark.parametrize(("best", "precisions"), [("avx2", ["fp32"]), ("amx", ["fp32", "bf16"])])
+def test_bfloat16_is_tried_where_the_processor_has_it(best, precisions, monkeypatch) -> None:
+    monkeypatch.setattr(library, "isa", lambda: best)
+    makers = update.own_settings(Workload("2025", "debug", "image"), resolve("cpp"))
+    assert [name.split(", ")[1] for name in makers] == [f"precision {p}" for p in precisions]
 
 
 def test_a_limited_instruction_set_is_part_of_the_record(monkeypatch) -> None:
