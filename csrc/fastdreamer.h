@@ -284,7 +284,8 @@ FD_API int32_t fd_lambda_return_backward(
 /* LayerNorm (centred) or RMSNorm of each row of x, then SiLU if `silu`:
  *   n = (x - mean) / sqrt(var + eps) * scale + shift,  y = n or n * sigmoid(n)
  * RMSNorm has mean 0 and the mean square for var. x, y (rows, n) contiguous; scale, shift (n,);
- * shift may be null. float32 only. */
+ * shift may be null. dtype is of x and y (and of dy and dx): FD_FLOAT32, or FD_BFLOAT16 between
+ * which float32 is computed; the others are FD_FLOAT32. */
 FD_API int32_t fd_norm_act(
     const void* x, const void* scale, const void* shift, void* y,
     int64_t rows, int64_t n, int32_t centred, int32_t silu, float eps, int32_t dtype, void* stream);

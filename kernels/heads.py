@@ -70,10 +70,11 @@ def heads_by_operators(
 ) -> list[Tensor]:
     """`heads`, layer by layer, by the operators of the features' device.
 
-    In bfloat16 on a GPU the product costs less than the rows that would replace it.
+    In bfloat16 on a GPU, or by AMX, the product costs less than the rows that would replace it.
     """
     _check_feat(feat)
-    dense = feat.is_cuda and torch.is_autocast_enabled("cuda")
+    mixed = torch.is_autocast_enabled(feat.device.type)
+    dense = mixed and (feat.is_cuda or library.isa() == "amx")
     return [_by_operators(feat, None if dense else latents, head, eps) for head in given]
 
 

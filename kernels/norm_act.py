@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .register import on_triton, register
+from .register import register
 
 ARGUMENTS = "Tensor x, Tensor scale, Tensor? shift, str kind, float eps, bool silu"
 SCHEMA = f"({ARGUMENTS}=True) -> Tensor"
@@ -44,7 +44,7 @@ def norm_act(
     Source: Ba et al. 2016 (LayerNorm), Zhang and Sennrich 2019 (RMSNorm), Elfwing et al. 2018
     (SiLU). This is the plain PyTorch form of ``torch.ops.fastdreamer.norm_act``, and takes any
     floating dtype and device; the operator computes float32 in C++ or Triton and float64 in
-    PyTorch. Triton also takes x in bfloat16 beside a float32 scale and shift.
+    PyTorch, and takes x in bfloat16 beside a float32 scale and shift.
     """
     _check_shapes(x, scale, shift, kind)
     wide = x.to(scale.dtype)
@@ -71,18 +71,19 @@ def _check_shapes(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> 
 def _check(x: Tensor, scale: Tensor, shift: Tensor | None, kind: str) -> None:
     _check_shapes(x, scale, shift, kind)
     tensors = [p for p in (x, scale, shift) if p is not None]
-    half = x.dtype == torch.bfloat16 and on_triton(x)
-    dtype = torch.float32 if half else x.dtype
-    if dtype not in library.DTYPES or any(p.dtype != dtype for p in tensors[1:]):
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    if dtype not in (torch.float32, torch.float64) or any(p.dtype != dtype for p in tensors[1:]):
         dtypes = ", ".join(str(p.dtype) for p in tensors)
-        raise TypeError(f"norm_act: all float32 or all float64, got {dtypes}")
+        raise TypeError(
+            f"norm_act: all float32 or all float64, or x bfloat16 among float32, got {dtypes}"
+        )
     if devices := {p.device for p in tensors} - {x.device}:
         raise ValueError(f"norm_act: inputs on {x.device} and {devices.pop()}")
 
 
 def _sizes(x: Tensor, kind: str, eps: float, silu: bool) -> tuple[Any, ...]:
     n = x.shape[-1]
-    return x.numel() // n, n, kind == "layer", silu, eps, library.DTYPES[x.dtype], None
+    return x.numel() // n, n, kind == "layer", silu, eps, library.COMPUTE_DTYPES[x.dtype], None
 
 
 def _cpu(
@@ -191,5 +192,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dscale, None if shift is None else dshift, None, None, None
 
 
-register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward), autocast=("cpu",))
+register("norm_act", SCHEMA, _cpu, _fake, (_setup_context, _backward), autocast=False)
 register("norm_act_backward", BACKWARD_SCHEMA, _cpu_backward, _fake_backward)

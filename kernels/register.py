@@ -22,7 +22,7 @@ def register(
     fake: Callable,
     autograd: tuple[Callable, Callable] | None = None,
     cuda: Callable | None = None,
-    autocast: tuple[str, ...] = ("cpu", "cuda"),
+    autocast: bool = True,
 ) -> None:
     """Define ``torch.ops.fastdreamer.<name>``.
 
@@ -33,7 +33,7 @@ def register(
             backward pass, or has none: differentiating it raises RuntimeError. One that changes
             its arguments (``!`` in the schema) takes tensors without gradient.
         cuda: computes it on a GPU by the CUDA library, if that has the operator.
-        autocast: where, within ``torch.autocast``, its inputs are converted to float32.
+        autocast: whether, within ``torch.autocast``, its inputs are converted to float32.
     """
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _OPERATORS.impl(name, cpu, "CPU")
@@ -51,7 +51,7 @@ def register(
 
     setup, backward = autograd or (None, refuse)
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_OPERATORS)
-    for device in autocast:
+    for device in ("cpu", "cuda") if autocast else ():
         torch.library.register_autocast(qualified, device, torch.float32, lib=_OPERATORS)
 
 

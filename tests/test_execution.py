@@ -111,6 +111,8 @@ MOVES |= {"max_pool2d_with_indices", "upsample_nearest2d"}
 # The gradient of a bfloat16 tensor has its type; a bias sums it, two uses add theirs.
 GRADIENTS = {"convolution_backward", "max_pool2d_with_indices_backward"}
 GRADIENTS |= {"upsample_nearest2d_backward", "sum", "add"}
+# Between two products; its arithmetic is in float32 (tests/test_norm_act.py).
+NORMS = {"norm_act", "norm_act_backward"}
 
 
 class Halves(TorchDispatchMode):
@@ -142,13 +144,15 @@ def _tensors(values) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_which_tensors_are_bfloat16(ops, recipe):
-    """Products' alone: no softmax, norm, logarithm, mean, return, statistic or optimiser's."""
+    """Products' and the norms' between them: no softmax, logarithm, mean, return, statistic or
+    optimiser's."""
     learner = tiny_learner(recipe, ops)
     learner.agent.bf16 = True
     batch, noise = unpack(replayed(learner), learner.agent), learner.draw_noise(B, T)
     with Halves() as seen:
         metrics, states = learner.update(batch, noise)
-    assert seen.halves <= PRODUCTS | MOVES | GRADIENTS, seen.halves - PRODUCTS - MOVES - GRADIENTS
+    others = seen.halves - PRODUCTS - MOVES - GRADIENTS - NORMS
+    assert not others, others
     assert PRODUCTS & seen.halves >= {"addmm", "mm", "convolution"}
     tensors = [*metrics.values(), states.deter, states.stoch, *learner.tensors()]
     assert all(x.dtype == torch.float32 for x in tensors if x.is_floating_point())

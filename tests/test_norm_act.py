@@ -121,23 +121,23 @@ def test_takes_strided_inputs(compiled, kind, dtype):
 
 @kinds
 @silus
-def test_bfloat16(compiled, kind, silu):
+@pytest.mark.parametrize("width", [24, 130])
+def test_bfloat16(compiled, isa, kind, silu, width):
     """Arithmetic in float32 between inputs and outputs in bfloat16; scale and shift in float32."""
-    if compiled.backend == "cpp":
-        with pytest.raises(TypeError, match="all float32 or all float64"):
-            compiled.norm_act(torch.ones(4, 5).bfloat16(), torch.ones(5), None, "rms", EPS)
-        return
-    x, *norm = norm_inputs((37, 130), kind)
+    x, *norm = norm_inputs((37, width), kind)
     half = x.detach().bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
     y, expected = (compiled.norm_act(z, *norm, kind, EPS, silu) for z in (half, full))
     assert y.dtype == torch.bfloat16
+    rounded = expected.bfloat16()
     torch.testing.assert_close(y.float(), expected, **BFLOAT16_TOLERANCE)
     dy = torch.ones_like(y)
     wanted = [p for p in norm if p is not None]
     actual = torch.autograd.grad(y, [half, *wanted], dy)
     expected = torch.autograd.grad(expected, [full, *wanted], dy.float())
     torch.testing.assert_close(actual[0].float(), expected[0], **BFLOAT16_TOLERANCE)
+    if compiled.backend == "cpp":  # but for the nearest bfloat16, the same
+        assert torch.equal(y, rounded) and torch.equal(actual[0], expected[0].bfloat16())
     for a, b in zip(actual[1:], expected[1:], strict=True):
         assert a.dtype == torch.float32
         close_to_largest(a, b)
@@ -208,7 +208,8 @@ def test_refuses_wrong_inputs(ops):
 
 def test_refuses_dtypes_and_devices(compiled):
     x, scale = torch.ones(4, 5), torch.ones(5)
-    for wrong in ((x.half(), scale), (x, scale.double()), (x.long(), scale.long())):
+    both = (x.bfloat16(), scale.bfloat16())
+    for wrong in ((x.half(), scale), (x, scale.double()), (x.long(), scale.long()), both):
         with pytest.raises(TypeError, match="all float32 or all float64"):
             compiled.norm_act(*wrong, None, "rms", EPS)
     with pytest.raises(ValueError, match="inputs on"):

@@ -4,6 +4,7 @@
 #ifndef FASTDREAMER_CPU_SIMD_FACTORS_H
 #define FASTDREAMER_CPU_SIMD_FACTORS_H
 
+#include "half.h"
 #include "rows.h"
 
 #if defined(__AMX_BF16__) || defined(FD_AMX_EMULATED)
@@ -55,15 +56,6 @@ constexpr int64_t kTileRows = 1, kTilePairs = 1;
 constexpr int64_t kBlockRows = 48, kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
 
 static inline int64_t factors_of(int64_t K) { return round_up((K + 1) / 2, kTilePairs); }
-
-typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
-
-// The nearest bfloat16 in the upper half of each, an even one of two; NaN stays NaN.
-static inline UintVec rounded(Vec x) {
-  const UintVec b = reinterpret_cast<UintVec>(x);
-  const UintVec nearest = b + 0x7fff + ((b >> 16) & 1), quiet = b | 0x00400000;
-  return (x == x ? nearest : quiet) & 0xffff0000;
-}
 
 // Pairs of the elements of one row, filled up with zeros to `count` pairs.
 static inline void round_row(const float* x, int64_t n, int32_t* pairs, int64_t count) {

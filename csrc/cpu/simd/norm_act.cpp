@@ -1,6 +1,8 @@
 // Norm and SiLU over rows; see norm.h for the formulas. Wide rows go one by one, narrow ones
 // kLanes at once.
 #include "columns.h"
+#include "gemm.h"
+#include "half.h"
 #include "norm_lanes.h"
 
 namespace fastdreamer {
@@ -73,6 +75,34 @@ void norm_rows_backward(
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu) {
   const Norm norm{scale, shift, centred, eps};
   (silu ? backward<true> : backward<false>)(norm, x, dy, dx, dscale, dshift, rows, n);
+}
+
+// The same with x, y and their gradients in bfloat16, by blocks of rows in float32.
+void norm_half_rows(
+    const uint16_t* x, const float* scale, const float* shift, uint16_t* y, int64_t rows, int64_t n,
+    bool centred, float eps, bool silu) {
+  const Buffer block(kLanes * n);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t count = rows - i < kLanes ? rows - i : kLanes, at = i * n;
+    widen(x + at, block.get(), count * n);
+    norm_rows(block.get(), scale, shift, block.get(), count, n, centred, eps, silu);
+    narrow(block.get(), y + at, count * n);
+  }
+}
+
+void norm_half_rows_backward(
+    const uint16_t* dy, const uint16_t* x, const float* scale, const float* shift, uint16_t* dx,
+    float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu) {
+  const Buffer block(kLanes * n), grad(kLanes * n);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t count = rows - i < kLanes ? rows - i : kLanes, at = i * n;
+    widen(x + at, block.get(), count * n);
+    widen(dy + at, grad.get(), count * n);
+    norm_rows_backward(
+        grad.get(), block.get(), scale, shift, grad.get(), dscale, dshift, count, n, centred, eps,
+        silu);
+    narrow(grad.get(), dx + at, count * n);
+  }
 }
 
 }  // namespace FD_ISA
