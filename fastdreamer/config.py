@@ -158,8 +158,8 @@ class Config:
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Kernels: auto takes the best available, an explicit choice fails if it is not."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products and convolutions; auto takes bf16 on a GPU, fp32 on a CPU. Weights,
-    optimiser, losses and statistics are fp32 either way."""
+    """Of matrix products and convolutions; auto takes bf16 on a GPU and on a CPU with AMX, fp32 on
+    another. Weights, optimiser, losses and statistics are fp32 either way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the losses by torch.compile; auto does on a GPU."""
     graph: Literal["auto", "on", "off"] = "auto"

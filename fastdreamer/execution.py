@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdreamer.agent import Agent, Carry
 from fastdreamer.errors import UsageError
 from fastdreamer.graph import Graphed, Inputs
+from fastdreamer.kernels import library
 from fastdreamer.learner import Learner, Metrics
 from fastdreamer.rssm import State
 from fastdreamer.stored import latents, unpack
@@ -41,7 +42,7 @@ class Execution:
     def choose(
         cls, precision: Precision, compile: Switch, graph: Switch, device: torch.device
     ) -> Execution:
-        """Where "auto", a GPU has all three and a CPU none.
+        """Where "auto", a GPU has all three, a CPU with AMX bf16 alone, and another CPU none.
 
         Raises:
             UsageError: an explicit choice cannot work there.
@@ -66,15 +67,20 @@ class Execution:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What the option comes to: "auto" is bf16 on a GPU that has it, else fp32."""
+    """What the option comes to: "auto" is bf16 where products in it have units of their own."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and _has_bf16() else "fp32"
+    return "bf16" if _has_bf16(device) else "fp32"
 
 
-def _has_bf16() -> bool:
-    """Whether the GPU multiplies in bfloat16 itself, as from Ampere on."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def _has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU from Ampere on, or a CPU with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return library.isa() == "amx"
+    except RuntimeError:  # no library: the backend says so, or does without it
+        return False
 
 
 def _missing_compiler(device: torch.device) -> str:

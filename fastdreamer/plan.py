@@ -18,7 +18,7 @@ import fastdreamer
 from fastdreamer.config import Config, LearnerConfig
 from fastdreamer.errors import UsageError
 from fastdreamer.graph import preserved
-from fastdreamer.kernels import Ops, library
+from fastdreamer.kernels import Ops
 from fastdreamer.recipe import RECIPES
 
 if TYPE_CHECKING:
@@ -157,9 +157,6 @@ def describe(trainer: Trainer) -> str:
         f"log directory {trainer.logdir}",
         _execution(trainer),
     ]
-    full = trainer.execution.precision == "fp32"
-    if full and agent.ops.backend == "cpp" and library.isa() == "amx":
-        lines.append("this processor has AMX: --precision bf16 may be faster")
     update, act = _measure(trainer)
     seconds = update * updates + act * steps
     lines.append(

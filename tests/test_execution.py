@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdreamer.errors import UsageError
 from fastdreamer.execution import COMPILED, Act, Execution, compile_losses
-from fastdreamer.kernels import resolve
+from fastdreamer.kernels import library, resolve
 from fastdreamer.learner import JointLearner, Learner, UpdateNoise
 from fastdreamer.stored import unpack
 
@@ -48,7 +48,11 @@ def gradients(learner: Learner, batch: dict[str, Tensor], noise: UpdateNoise) ->
 def test_what_auto_comes_to(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     choose = Execution.choose
-    assert choose("auto", "auto", "auto", CPU) == Execution("fp32", False, False)
+    for isa in library.ISAS:
+        monkeypatch.setattr(library, "isa", lambda isa=isa: isa)
+        precision = "bf16" if isa == "amx" else "fp32"
+        assert choose("auto", "auto", "auto", CPU) == Execution(precision, False, False)
+        assert choose("fp32", "auto", "auto", CPU).precision == "fp32"
     assert choose("auto", "auto", "auto", GPU) == Execution("bf16", True, True)
     assert choose("fp32", "off", "on", GPU) == Execution("fp32", False, True)
     assert choose("bf16", "on", "off", CPU) == Execution("bf16", True, False)
@@ -64,6 +68,14 @@ def test_what_auto_comes_to(monkeypatch):
         choose("fp32", "on", "auto", CPU)
     with pytest.raises(UsageError, match="--graph on: it needs a GPU"):
         choose("fp32", "auto", "on", CPU)
+
+
+def test_auto_without_the_library_is_float32(monkeypatch):
+    def missing() -> str:
+        raise RuntimeError("not built")
+
+    monkeypatch.setattr(library, "isa", missing)
+    assert Execution.choose("auto", "auto", "auto", CPU).precision == "fp32"
 
 
 # Compiled --------------------------------------------------------------------------------------

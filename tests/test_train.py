@@ -335,18 +335,16 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, every):
 
 def test_a_run_goes_on_in_another_precision(tmp_path, capsys, monkeypatch):
     """Checkpoints hold float32, and say what the updates before them ran in."""
-    monkeypatch.setattr(library, "isa", lambda: "amx")
-    hint = "this processor has AMX: --precision bf16 may be faster"
+    monkeypatch.setattr(library, "isa", lambda: "avx512")  # where "auto" is fp32
     run(tmp_path, "--steps", "70", "--precision", "bf16")
     said = capsys.readouterr().out
-    assert "\nprecision bf16, compile off, graph off\n" in said and hint not in said
+    assert "\nprecision bf16, compile off, graph off\n" in said
     (saved,) = checkpoint.find_all(tmp_path / "checkpoints")
     assert all(v.dtype == torch.float32 for v in saved.load()["agent"].values())
     assert load_agent(tmp_path).bf16
     trainer = run(tmp_path, "--steps", "80")
     said = capsys.readouterr().out
     assert "precision fp32 (until step 70 bf16), compile off" in said
-    assert said.count(hint) == (trainer.agent.ops.backend == "cpp")
     assert not trainer.agent.bf16 and not load_agent(tmp_path).bf16
     assert [line["updates"] for line in lines(tmp_path) if "kl" in line] == list(range(1, 9))
 
