@@ -14,8 +14,9 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy, gumbel
+from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy
 from fastdreamer.config import ModelConfig
+from fastdreamer.kernels.gumbel import gumbel
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
 from fastdreamer.kernels.rssm_weights import Layer
