@@ -44,9 +44,9 @@ class WorldModel(nn.Module):
         self.reward = MLP(*size, outputs=model.bins, init="zero")
         self.cont = MLP(*size, outputs=1, init=output_init(recipe))
 
-    def decode(self, state: State) -> dict[str, Tensor]:
-        """Predicted observations of states (..., D), in the decoder's units."""
-        return self.decoder(state.deter, state.stoch.flatten(-2))
+    def decode(self, state: State, raw: bool = False) -> dict[str, Tensor]:
+        """Predicted observations of states (..., D), in the decoder's units; ``raw`` as there."""
+        return self.decoder(state.deter, state.stoch.flatten(-2), raw)
 
     def images(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The images among predictions, as (..., H, W, C) uint8."""
