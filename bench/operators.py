@@ -63,6 +63,7 @@ FEATURES = {
 }
 IMAGINED = 16384  # N (1 + H)
 BINS = {"replay": (1024, 255), "imagination": (16384, 255)}
+IMAGES = {"replay": (1024, 64, 64, 3)}
 PASSES = ("forward", "forward+backward")
 # B, D, U, G of both cells; by recipe the size whose weights the scans have.
 STEPS = {"replay": (16, 512, 64, 8), "imagination": (1024, 512, 64, 8)}
@@ -162,6 +163,12 @@ def twohot_inputs(name: str, shape: tuple[int, int]) -> list[Any]:
     logits = torch.randn(shape, generator=g).requires_grad_()
     targets = [torch.randn(shape[0], generator=g)] if name == "twohot_loss" else []
     return [logits, *targets, "symexp"]
+
+
+def image_loss_inputs(shape: tuple[int, ...]) -> list[Any]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g).requires_grad_()
+    return [x, torch.randint(256, shape, generator=g, dtype=torch.uint8), 0.0, True]
 
 
 def categorical_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
@@ -431,6 +438,13 @@ def bench_twohot(benchmark, name, backend, pass_, shape, round_):
     run = forward if pass_ == "forward" else forward_backward
     key, inputs = (name, pass_, backend, shape), twohot_inputs(name, shape)
     measure(benchmark, run, key, inputs, 10, tolerance=SUM_TOLERANCE)
+
+
+@in_turns(IMAGES)
+def bench_image_loss(benchmark, backend, pass_, shape, round_):
+    run = forward if pass_ == "forward" else forward_backward
+    key = ("image_loss", pass_, backend, shape)
+    measure(benchmark, run, key, image_loss_inputs(shape), 5, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(CATEGORICALS)

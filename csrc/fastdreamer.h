@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 6
+#define FD_ABI_VERSION 7
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -380,6 +380,20 @@ FD_API int32_t fd_sample(
 FD_API int32_t fd_sample_backward(
     const float* donehot, const float* logp, float* dlogp, int64_t N, int64_t K, int32_t dtype,
     void* stream);
+
+/* Squared error of images of K elements, FD_FLOAT32 and contiguous: loss (N) is the sum over an image
+ * of (p - (target / 255 - shift))^2, p = sigmoid(x) with `squash`, else x; x and target (N, K). */
+FD_API int32_t fd_image_loss(
+    const float* x, const uint8_t* target, float* loss, int64_t N, int64_t K, float shift,
+    int32_t squash, int32_t dtype, void* stream);
+FD_API int32_t fd_image_loss_backward(
+    const float* dloss, const float* x, const uint8_t* target, float* dx, int64_t N, int64_t K,
+    float shift, int32_t squash, int32_t dtype, void* stream);
+
+/* Standard Gumbel noise y (N), FD_FLOAT32: -log(-log u) of the numbers u = (x / 2^9 + 1/2) / 2^23, x
+ * the words of Philox4x32-10 with the bits of `seed` as its key. Counters go from 0 on; each 64
+ * numbers are the first words of 16 of them, then their second, third and fourth words. */
+FD_API int32_t fd_gumbel(int64_t seed, float* y, int64_t N, int32_t dtype, void* stream);
 
 /* Two-hot cross-entropy of rows of K logits (K odd) over K ascending bins, summed over M targets y
  * in the bins' space; beyond the bins all weight lies on the end bin, and NaN stays NaN:

@@ -8,7 +8,7 @@ continuous one, of the shape of the action vector; zeros give the mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from torch import Tensor
 
+from fastdreamer.kernels.gumbel import gumbel
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import bounded_normal
 
@@ -58,8 +59,14 @@ class ActionSpec:
         """Every part is discrete."""
         return all(part.discrete for part in self.parts)
 
-    def noise(self, lead: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Fresh noise (*lead, A) on the generator's device."""
+    def noise(
+        self,
+        lead: Sequence[int],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        gumbel: Callable[..., Tensor] = gumbel,
+    ) -> Tensor:
+        """Fresh noise (*lead, A) on the generator's device; ``gumbel`` draws discrete parts."""
         draws = [
             gumbel((*lead, part.size), generator, dtype)
             if part.discrete
@@ -193,9 +200,3 @@ class Policy:
     def entropy(self) -> Tensor:
         """(...) nats, summed over the parts."""
         return torch.stack([dist.entropy() for dist in self.parts.values()]).sum(0)
-
-
-def gumbel(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Standard Gumbel noise on the generator's device."""
-    noise = torch.rand(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
-    return noise.log_().neg_().log_().neg_()  # a 0 becomes -inf: that class is not drawn

@@ -14,8 +14,9 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy, gumbel
+from fastdreamer.actions import ActionSpec, BoundedNormal, Categorical, Policy
 from fastdreamer.config import ModelConfig
+from fastdreamer.kernels.gumbel import gumbel
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
 from fastdreamer.kernels.rssm_weights import Layer
@@ -43,9 +44,9 @@ class WorldModel(nn.Module):
         self.reward = MLP(*size, outputs=model.bins, init="zero")
         self.cont = MLP(*size, outputs=1, init=output_init(recipe))
 
-    def decode(self, state: State) -> dict[str, Tensor]:
-        """Predicted observations of states (..., D), in the decoder's units."""
-        return self.decoder(state.deter, state.stoch.flatten(-2))
+    def decode(self, state: State, raw: bool = False) -> dict[str, Tensor]:
+        """Predicted observations of states (..., D), in the decoder's units; ``raw`` as there."""
+        return self.decoder(state.deter, state.stoch.flatten(-2), raw)
 
     def images(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The images among predictions, as (..., H, W, C) uint8."""

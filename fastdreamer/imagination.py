@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdreamer.actions import Part, gumbel
+from fastdreamer.actions import Part
 from fastdreamer.agent import Agent
+from fastdreamer.kernels.gumbel import gumbel
 from fastdreamer.rssm import State
 
 KINDS = ("imagined", "true", "reconstructed")

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdreamer.actions import gumbel
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
 from fastdreamer.losses import critic_loss, replay_returns
@@ -96,12 +95,12 @@ class Learner(Objective):
         """Fresh randomness for one update of ``batch`` sequences of ``length`` steps."""
         model, horizon, dtype = self.agent.model, self.config.horizon, self.agent.dtype
         latent = (model.stoch, model.classes)
-        rows = batch * length
+        rows, gumbel = batch * length, self.ops.gumbel
         return UpdateNoise(
             gumbel((batch, length, *latent), self.generator, dtype),
             ImagineNoise(
                 gumbel((rows, horizon, *latent), self.generator, dtype),
-                self.agent.spec.noise((rows, horizon + 1), self.generator, dtype),
+                self.agent.spec.noise((rows, horizon + 1), self.generator, dtype, gumbel),
             ),
         )
 

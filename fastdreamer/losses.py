@@ -18,13 +18,7 @@ from fastdreamer.recipe import Recipe
 
 
 def reconstruction_loss(pred: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
-    """Squared error without the 1/2, summed per step: (B, T, ...) -> (B, T).
-
-    Images (uint8 targets) in units of x/255 minus the recipe's shift, vectors in symlog space.
-    """
-    if target.dtype == torch.uint8:
-        target = target.to(pred.dtype).div_(255).sub_(recipe.image_shift)
-        return F.mse_loss(pred, target, reduction="none").flatten(2).sum(-1)
+    """Squared error of vectors in symlog space without the 1/2, summed: (..., D) -> (...)."""
     error = (pred - symlog(target.to(pred.dtype))).square()
     return error.masked_fill(error < recipe.vector_floor, 0).sum(-1)
 

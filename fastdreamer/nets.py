@@ -358,13 +358,13 @@ class Decoder(nn.Module):
             }
             self.heads = nn.ModuleDict(heads)
 
-    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        """Args: deter (..., D), stoch (..., S K)."""
+    def forward(self, deter: Tensor, stoch: Tensor, raw: bool = False) -> dict[str, Tensor]:
+        """Args: deter (..., D), stoch (..., S K). raw: images before the sigmoid of "pool"."""
         recon: dict[str, Tensor] = {}
         if self.images:
             x = self.stem(deter, stoch).flatten(0, -4)
             x = full(self.cnn(x.permute(0, 2, 3, 1)))
-            if self.recipe.conv == "pool":
+            if self.recipe.conv == "pool" and not raw:
                 x = torch.sigmoid(x)
             parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))

@@ -91,8 +91,7 @@ class Objective:
         model, config, ops = self.agent.world_model, self.config, self.ops
         obs = {k: batch[k] for k in self.agent.obs_space}
         prior, feat = model.rssm.prior(states.deter), model.rssm.features(states)
-        recon = model.decode(states)
-        losses = {k: reconstruction_loss(v, obs[k], self.recipe) for k, v in recon.items()}
+        losses = self.reconstruction_losses(model.decode(states, raw=True), obs)
         losses["reward"] = ops.twohot_loss(model.reward(feat), batch["reward"], self.recipe.bins)
         target = 1 - batch["is_terminal"].to(feat.dtype)
         if self.recipe.soft_continue:
@@ -108,6 +107,17 @@ class Objective:
                 "entropy/prior": ops.entropy(prior).sum(-1).mean(),
             }
         return Observed(states, losses, metrics)
+
+    def reconstruction_losses(self, recon: Metrics, obs: Batch) -> dict[str, Tensor]:
+        """Of what the decoder gives before a sigmoid, (B, T) by key."""
+        recipe, images = self.recipe, self.agent.world_model.decoder.images
+        options = (recipe.image_shift, recipe.conv == "pool")
+        return {
+            k: self.ops.image_loss(x, obs[k], *options)
+            if k in images
+            else reconstruction_loss(x, obs[k], recipe)
+            for k, x in recon.items()
+        }
 
     def world_model_loss(self, observed: Observed) -> Tensor:
         """Weighted sum of the losses' means (scalar)."""

@@ -23,7 +23,9 @@ from torch import Tensor
 from . import library, optim, register, unimix
 from .conv_norm_act import conv_norm_act, conv_norm_act_cpp, conv_then_norm_act
 from .gru_step import block_gru_step, compiled_block_gru_step, compiled_gru_step, gru_step
+from .gumbel import gumbel, gumbel_cpp
 from .heads import heads, heads_by_operators, heads_cpp
+from .image_loss import image_loss, image_loss_cpp
 from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
@@ -127,6 +129,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "cpp": torch.ops.fastdreamer.sample.default,
         "triton": torch.ops.fastdreamer.sample.default,
     },
+    "gumbel": {
+        "reference": gumbel,
+        "cpp": gumbel_cpp,
+    },
+    "image_loss": {
+        "reference": image_loss,
+        "cpp": image_loss_cpp,
+    },
     "twohot_loss": {
         "reference": twohot_loss,
         "cpp": compiled_twohot_loss,
@@ -193,6 +203,10 @@ class Ops:
     """The KL twice, each with the gradient of one side; see `fastdreamer.kernels.unimix`."""
     sample: Callable[..., Tensor]
     """Straight-through Gumbel-max sample; see `fastdreamer.kernels.unimix`."""
+    gumbel: Callable[..., Tensor]
+    """Gumbel noise; see `fastdreamer.kernels.gumbel`."""
+    image_loss: Callable[..., Tensor]
+    """Squared error of images; see `fastdreamer.kernels.image_loss`."""
     twohot_loss: Callable[..., Tensor]
     """Two-hot cross-entropy; see `fastdreamer.kernels.twohot`."""
     twohot_mean: Callable[..., Tensor]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdreamer import kernels
-from fastdreamer.actions import ActionSpec, BoundedNormal, gumbel
+from fastdreamer.actions import ActionSpec, BoundedNormal
 from fastdreamer.kernels.gru_step import block_gru_step, gru_step
+from fastdreamer.kernels.gumbel import gumbel
 from fastdreamer.kernels.optim import adaptive_clip, laprop
 from fastdreamer.kernels.twohot import bins, symexp, symlog
 

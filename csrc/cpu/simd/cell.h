@@ -56,14 +56,15 @@ class Cell {
     }
     gemm(M, action.data, action.stride, action_, before.data + at_action, before.stride, true);
     if (blocks) gemm(M, h.data, h.stride, deter_, before.data, before.stride, true);
-    for (int64_t m = 0; m < M; ++m) {
-      if (blocks) {
-        norm_row<true>(norm_of(model, model.in_deter.scale, nullptr), before[m], x[m], U);
-        norm_row<true>(norm_of(model, model.in_action.scale, nullptr), before[m] + 2 * U, x[m] + 2 * U, U);
-      }
-      const Norm norm = norm_of(model, model.in_stoch.scale, model.in_stoch.shift);
-      norm_row<true>(norm, before[m] + at_stoch, x[m] + at_stoch, U);
-    }
+    const auto norm = [&](const fd_layer& layer, int64_t at) {
+      norm_each_row<true>(
+          norm_of(model, layer.scale, layer.shift), M, before.data + at, before.stride,
+          x.data + at, x.stride, U);
+    };
+    norm(model.in_stoch, at_stoch);
+    if (!blocks) return;
+    norm(model.in_deter, 0);
+    norm(model.in_action, at_action);
   }
 
   const fd_rssm& model_;

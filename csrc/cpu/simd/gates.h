@@ -110,7 +110,7 @@ class Gates {
       gemm(M, x.data, x.stride, input_[g], part, hidden.stride, true);
     }
     const Rows<float> z{scratch, D};
-    for (int64_t m = 0; m < M; ++m) norm_row<true>(norm_of(cell_), hidden[m], z[m], D);
+    norm_each_row<true>(norm_of(cell_), M, hidden.data, hidden.stride, z.data, D, D);
     start_rows(gates, cell_.gate_bias, M, 3 * D);
     for (int64_t g = 0; g < G; ++g)
       gemm(M, z.data + g * width, D, gates_[g], gates.data + 3 * g * width, gates.stride, true);

@@ -29,8 +29,8 @@ class Stack {
   void activate(int64_t layer, int64_t M, Rows<float> x) const {
     const fd_layer& l = layers_[layer];
     if (!l.scale) return;
-    for (int64_t m = 0; m < M; ++m)
-      norm_row<true>(norm_of(model_, l.scale, l.shift), x[m], x[m], l.outputs);
+    const Norm norm = norm_of(model_, l.scale, l.shift);
+    norm_each_row<true>(norm, M, x.data, x.stride, x.data, x.stride, l.outputs);
   }
 
  private:
