@@ -324,8 +324,8 @@ typedef struct fd_conv {
   const float* shift;  /* (O,) or null */
   float* y;            /* (N, H', W', O) */
   float* z;            /* (N' / 16, H', W', O, 16) before the norm, kept; or null without one */
-  int32_t* index;      /* (N' / 16, H', W', O / 16 rounded up, 16) which of its 2x2 each maximum was,
-                        * two bits for each of 16 channels; POOL only */
+  void* index;         /* which of its 2x2 each maximum was, POOL only: int32 (N' / 16, H', W', O / 16
+                        * rounded up, 16), two bits for each of 16 channels */
 } fd_conv;
 
 FD_API int32_t fd_conv_norm_act(const fd_conv* conv);
@@ -346,6 +346,12 @@ typedef struct fd_conv_grad {
 } fd_conv_grad;
 
 FD_API int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad);
+
+/* The same without a norm, for many channels: by minimal filtering (Winograd), which takes 2.6 to 2.8
+ * times fewer products and rounds somewhat more. FD_FLOAT32 only; scale, shift and z are not read,
+ * index is uint8 (N, H', W', O). Backward, dbias, dscale and dshift are neither read nor written. */
+FD_API int32_t fd_winograd(const fd_conv* conv);
+FD_API int32_t fd_winograd_backward(const fd_conv* conv, const fd_conv_grad* grad);
 
 /* Categoricals: N rows of K >= 1 classes, contiguous, FD_FLOAT32; logp and logq are normalised
  * log-probabilities. unimix: logp = ln((1 - mix) softmax(logits) + mix / K), mix in 0..1. */

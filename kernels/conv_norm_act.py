@@ -6,7 +6,7 @@ Legend: N images, H rows, W columns, C channels before and O after; H', W' the s
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,18 @@ from torch import Tensor
 
 from . import library
 from .conv_taps import GRADIENT, backward_weight, forward_weight, weight_gradient
-from .library import Arguments
+from .convolution import (
+    KINDS,
+    CConv,
+    CConvGrad,
+    channels_first,
+    check_shapes,
+    convolution,
+    output_shape,
+)
 from .norm_act import norm_act
 from .register import register
 
-KINDS = ("pool", "stride", "upsample", "transpose")  # as in csrc/fastdreamer.h
 BLOCK = 16  # images that the C++ library computes side by side, as there
 MOST_CHANNELS = 1024  # product of C and O of the convolutions that the C++ library computes
 
@@ -60,7 +67,7 @@ def conv_norm_act(
     floating dtype and device; the operator takes float32.
     """
     _check_shapes(x, weight, bias, scale, shift, kind)
-    y = _convolution(x, weight, bias, kind)
+    y = convolution(x, weight, bias, kind)
     return y if scale is None else norm_act(y, scale, shift, norm, eps)
 
 
@@ -96,7 +103,7 @@ def conv_then_norm_act(
     if kind == "upsample" and x.device.type == "cpu":  # on a GPU not yet measured
         y = _upsampled_by_parity(x, weight, bias)
     else:
-        y = _convolution(x, weight, bias, kind)
+        y = convolution(x, weight, bias, kind)
     return y if scale is None else torch.ops.fastdreamer.norm_act(y, scale, shift, norm, eps)
 
 
@@ -112,27 +119,17 @@ def _library_is_faster(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bo
     return few and dtypes == {torch.float32} and x.dtype in types and len(x) >= BLOCK
 
 
-def _channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As PyTorch takes images, channels-last in memory; pixels as numbers."""
-    if x.dtype == torch.uint8:
-        x = x.to(dtype) / 255 - 0.5
-    return x.contiguous().permute(0, 3, 1, 2)
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """By PyTorch."""
-    x = _channels_first(x, weight.dtype)
-    if kind == "upsample":
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-    if kind == "transpose":
-        y = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    elif kind == "stride":
-        y = F.conv2d(x, weight, bias, stride=2, padding=1)
-    else:
-        y = F.conv2d(x, weight, bias, padding=2)
-    if kind == "pool":
-        y = F.max_pool2d(y, 2)
-    return y.permute(0, 2, 3, 1)
+def _check_shapes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kind: str,
+) -> None:
+    check_shapes("conv_norm_act", x, weight, kind, bias, scale, shift)
+    if shift is not None and scale is None:
+        raise ValueError("conv_norm_act: a shift without a scale")
 
 
 def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,7 +141,7 @@ def _upsampled_by_parity(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     columns = _by_parity(_by_parity(weight, 2), 4)  # (2, 3, 2, 3, O, C): columns, rows
     by_parity = columns.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
     bias = None if bias is None else bias.repeat(4)
-    y = F.conv2d(_channels_first(x, weight.dtype), by_parity, bias, padding=1)
+    y = F.conv2d(channels_first(x, weight.dtype), by_parity, bias, padding=1)
     y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, weight.shape[0]))  # (N, H, W, 2, 2, O)
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
@@ -153,67 +150,6 @@ def _by_parity(weight: Tensor, dim: int) -> Tensor:
     """Five taps along an axis -> (2, 3, the other axes): of even and of odd positions."""
     a, b, c, d, e = weight.unbind(dim)
     return torch.stack([torch.stack([a + b, c + d, e]), torch.stack([a, b + c, d + e])])
-
-
-def _output_shape(x: Tensor, weight: Tensor, kind: str) -> torch.Size:
-    n, height, width, _ = x.shape
-    if kind in ("pool", "stride"):
-        return torch.Size((n, height // 2, width // 2, weight.shape[0]))
-    return torch.Size((n, 2 * height, 2 * width, weight.shape[1 if kind == "transpose" else 0]))
-
-
-def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    kind: str,
-) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"conv_norm_act: kind must be one of {KINDS}, not {kind!r}")
-    vectors = [tuple(p.shape) for p in (bias, scale, shift) if p is not None]
-    halves = kind in ("pool", "stride")
-    window = (5, 5) if kind in ("pool", "upsample") else (4, 4)
-    if (
-        x.ndim != 4
-        or 0 in x.shape[1:]
-        or (halves and (x.shape[1] % 2 or x.shape[2] % 2))
-        or weight.ndim != 4
-        or 0 in weight.shape
-        or weight.shape[2:] != window
-        or weight.shape[0 if kind == "transpose" else 1] != x.shape[3]
-        or any(v != (weight.shape[1 if kind == "transpose" else 0],) for v in vectors)
-    ):
-        raise ValueError(
-            f"conv_norm_act: {kind} takes x (N, H, W, C){' with H and W even' * halves}, weight "
-            f"{'(C, O' if kind == 'transpose' else '(O, C'}, {window[0]}, {window[1]}) and vectors "
-            f"(O,), got {tuple(x.shape)}, {tuple(weight.shape)}, {vectors}"
-        )
-    if shift is not None and scale is None:
-        raise ValueError("conv_norm_act: a shift without a scale")
-
-
-_POINTER = ctypes.c_void_p
-
-
-class CConv(Arguments):
-    """``fd_conv``."""
-
-    _fields_: ClassVar = [
-        *((k, ctypes.c_int32) for k in ("kind", "input", "centred")),
-        ("eps", ctypes.c_float),
-        *((k, ctypes.c_int64) for k in "NHWCO"),
-        *((k, _POINTER) for k in ("x", "weight", "bias", "scale", "shift", "y", "z", "index")),
-    ]
-
-
-class CConvGrad(Arguments):
-    """``fd_conv_grad``."""
-
-    _fields_: ClassVar = [
-        (k, _POINTER) for k in ("dy", "weight", "dx", "dweight", "dbias", "dscale", "dshift")
-    ]
 
 
 FWD_SIGNATURE = (ctypes.POINTER(CConv),)
@@ -253,7 +189,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output; its value before the norm and which pixels were the maxima, in blocks."""
     _check(x, weight, bias, scale, shift, kind, norm)
-    shape = _output_shape(x, weight, kind)
+    shape = output_shape(x, weight, kind)
     z, words = _kept_shapes(shape)
     kept = weight.new_empty(0 if scale is None else z)
     index = weight.new_empty(words if kind == "pool" else 0, dtype=torch.int32)
@@ -329,7 +265,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x (empty if not wanted), weight, bias, scale and shift (zeros without them)."""
     _check(x, weight, None, scale, shift, kind, norm)
-    shape = _output_shape(x, weight, kind)
+    shape = output_shape(x, weight, kind)
     if dy.shape != shape or dy.dtype != torch.float32:
         raise ValueError(f"conv_norm_act: dy {tuple(dy.shape)} {dy.dtype}, y {shape} float32")
     kept, words = _kept_shapes(shape)

@@ -17,6 +17,23 @@ struct ConvSize {
   int64_t sums;     // elements of all parameters' gradients
 };
 
+// A K x K window that moves by `stride`. Where it `splits`, each parity of the output's row and
+// column has weights of its own over the same input; where it `shifts` too, the odd ones start one
+// row or column later.
+struct Window {
+  int64_t border, K, stride;
+  bool splits, shifts;
+};
+
+// By kind: of the convolution, and of the one that gives its input's gradient.
+constexpr Window kForward[] = {
+    {2, 5, 1, false, false}, {1, 4, 2, false, false}, {1, 3, 1, true, false}, {1, 2, 1, true, true}};
+constexpr Window kBackward[] = {
+    {2, 5, 1, false, false}, {1, 2, 1, true, true}, {2, 6, 2, false, false}, {1, 4, 2, false, false}};
+
+// FD_OK, or what is wrong with it.
+int32_t check_conv(const fd_conv* conv);
+
 static inline bool shrinks(const fd_conv& conv) {
   return conv.kind == FD_CONV_POOL || conv.kind == FD_CONV_STRIDE;
 }

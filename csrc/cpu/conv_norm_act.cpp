@@ -46,7 +46,9 @@ bool fits(int64_t most, std::initializer_list<int64_t> sizes) {
   return most > 0;
 }
 
-int32_t check(const fd_conv* conv) {
+}  // namespace
+
+int32_t check_conv(const fd_conv* conv) {
   if (!conv) return FD_ERROR_NULL_POINTER;
   if (conv->kind < FD_CONV_POOL || conv->kind > FD_CONV_TRANSPOSE) return FD_ERROR_SIZE;
   if (conv->N < 0 || conv->H < 1 || conv->W < 1 || conv->C < 1 || conv->O < 1) return FD_ERROR_SIZE;
@@ -61,12 +63,11 @@ int32_t check(const fd_conv* conv) {
   return FD_OK;
 }
 
-}  // namespace
 }  // namespace fastdreamer
 
 int32_t fd_conv_norm_act(const fd_conv* conv) {
   using namespace fastdreamer;
-  if (const int32_t error = check(conv)) return error;
+  if (const int32_t error = check_conv(conv)) return error;
   if (conv->N == 0) return FD_OK;
   if (any_null({conv->weight, conv->y})) return FD_ERROR_NULL_POINTER;
   parallel_ranges(
@@ -76,7 +77,7 @@ int32_t fd_conv_norm_act(const fd_conv* conv) {
 
 int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad) {
   using namespace fastdreamer;
-  if (const int32_t error = check(conv)) return error;
+  if (const int32_t error = check_conv(conv)) return error;
   if (!grad || any_null({grad->dweight, grad->dbias, grad->dscale, grad->dshift}))
     return FD_ERROR_NULL_POINTER;
   if (conv->N > 0 && (!grad->dy || (grad->dx && !grad->weight))) return FD_ERROR_NULL_POINTER;

@@ -4,6 +4,7 @@
 #ifndef FASTDREAMER_CPU_SIMD_CONV_H
 #define FASTDREAMER_CPU_SIMD_CONV_H
 
+#include "../conv.h"
 #include "gemm.h"
 #include "lanes.h"
 
@@ -76,14 +77,6 @@ static inline void write_lanes(
   for (; j < count; ++j)
     for (int i = 0; i < images; ++i) y[i * stride + j] = in[j * kLanes + i];
 }
-
-// A K x K window that moves by `stride`. Where it `splits`, each parity of the output's row and
-// column has weights of its own over the same input; where it `shifts` too, the odd ones start one
-// row or column later.
-struct Window {
-  int64_t border, K, stride;
-  bool splits, shifts;
-};
 
 struct Filter {
   Window window;

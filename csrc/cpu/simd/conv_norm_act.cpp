@@ -1,17 +1,10 @@
 // Convolution, pooling, norm and SiLU of blocks of kConvBlock images; see conv.h for how.
-#include "../conv.h"
 #include "conv.h"
 #include "norm_lanes.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
 namespace {
-
-// Of the convolution, and of the one that gives its input's gradient.
-constexpr Window kForward[] = {
-    {2, 5, 1, false, false}, {1, 4, 2, false, false}, {1, 3, 1, true, false}, {1, 2, 1, true, true}};
-constexpr Window kBackward[] = {
-    {2, 5, 1, false, false}, {1, 2, 1, true, true}, {2, 6, 2, false, false}, {1, 4, 2, false, false}};
 
 // The images of one block that a vector's lanes take: the first, how many, and where the block's
 // kept values of them start.
@@ -103,7 +96,7 @@ void output_gradient(
       store(sum, load(sum) + load(dz + i * kLanes));
     }
     const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
-    if (conv.kind == FD_CONV_POOL) unpool(dz, conv.index + index, size.W, to, y);
+    if (conv.kind == FD_CONV_POOL) unpool(dz, static_cast<const int32_t*>(conv.index) + index, size.W, to, y);
   }
 }
 
@@ -126,7 +119,7 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
         conv_row(image, filter, 2 * y, rows.get());
         conv_row(image, filter, 2 * y + 1, rows.get() + conv.W * conv.O * kLanes);
         const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
-        pool(rows.get(), conv.W, conv.O, z, conv.index + index);
+        pool(rows.get(), conv.W, conv.O, z, static_cast<int32_t*>(conv.index) + index);
       } else {
         conv_row(image, filter, y, z);
       }
