@@ -52,7 +52,7 @@ void unpack(
 void filter(
     const Winograd& w, const float* x, const uint8_t* pooled, const float* weight,
     const float* bias, float* y, uint8_t* index) {
-  const Floats packed(new float[w.weights]);
+  const Floats packed(new float[w.groups * w.weights]);
   parallel_ranges(w.padded_C, 1, [&](int64_t begin, int64_t end) {
     pack(w, weight, begin, end, packed.get());
   });

@@ -7,8 +7,9 @@
 namespace fastdreamer {
 
 // A window of stride 2 is four filters of half its size, each over the pixels of one parity, which
-// lie side by side as channels (`ins`). One that splits gives outputs of four parities (`outs`), side
-// by side too; where it also shifts, each parity has an input and a product of its own (`groups`).
+// lie side by side as channels (`ins`). One that splits gives outputs of four parities, side by side
+// too (`outs`), or where it also shifts one after the other, as each has an input of its own
+// (`groups`).
 // Channels are filled up with zeros to whole vectors of every instruction set.
 struct Winograd {
   Window window;
@@ -19,7 +20,7 @@ struct Winograd {
   int64_t depth, width;        // of the left and of the right matrix of a product
   int64_t rows, columns;       // of tiles in an image
   int64_t tiles;               // of all images
-  int64_t weights;             // elements of the right matrices of all products
+  int64_t weights;             // elements of the right matrices of a group
 };
 
 static inline Winograd winograd_of(
@@ -30,16 +31,16 @@ static inline Winograd winograd_of(
   w.R = window.K / window.stride;
   w.m = w.R == 5 ? 2 : 4;
   w.T = w.m + w.R - 1;
-  w.ins = window.stride == 2 || window.shifts ? 4 : 1;
-  w.outs = window.splits ? 4 : 1;
+  w.ins = window.stride == 2 ? 4 : 1;
+  w.outs = window.splits && !window.shifts ? 4 : 1;
   w.groups = window.shifts ? 4 : 1;
   w.padded_C = (C + 15) / 16 * 16, w.padded_O = (O + 15) / 16 * 16;
-  w.depth = w.ins / w.groups * w.padded_C;
-  w.width = w.outs / w.groups * w.padded_O;
+  w.depth = w.ins * w.padded_C;
+  w.width = w.outs * w.padded_O;
   w.rows = (H / window.stride + w.m - 1) / w.m;
   w.columns = (W / window.stride + w.m - 1) / w.m;
   w.tiles = N * w.rows * w.columns;
-  w.weights = w.groups * w.T * w.T * w.depth * w.width;
+  w.weights = w.T * w.T * w.depth * w.width;
   return w;
 }
 

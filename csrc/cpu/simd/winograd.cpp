@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kSkew = 16;  // elements between rows and matrices, or they share a cache's set
 
-constexpr int64_t kBlockBytes = 1 << 20, kGradientBytes = 1 << 21;
+constexpr int64_t kBlock = 1 << 17;  // elements of a block
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
@@ -118,29 +118,29 @@ void transform(
     for (int i = 0; i < rows * rows; ++i) store(to + i * plane + c, Vec{});
 }
 
-// The tile's samples of all inputs, one after the other.
+// The tile's samples of all inputs of a group, one after the other.
 template <typename F>
 void transform_samples(
-    const Winograd& w, const Source& from, const Corner& at, float* to, int64_t plane) {
-  const int64_t step = w.window.stride, border = w.window.border;
-  for (int64_t p = 0; p < w.ins; ++p)
-    transform<F::kSamples, F::T, F::T>(
-        from, at.image, step * at.y - border + p / 2, step * at.x - border + p % 2, step,
-        to + p * w.padded_C, plane);
+    const Winograd& w, int64_t group, const Source& from, const Corner& at, float* to,
+    int64_t plane) {
+  const int64_t step = w.window.stride, y = step * at.y - w.window.border,
+                x = step * at.x - w.window.border;
+  for (int64_t p = group; p < group + w.ins; ++p, to += w.padded_C)
+    transform<F::kSamples, F::T, F::T>(from, at.image, y + p / 2, x + p % 2, step, to, plane);
 }
 
-// Outputs of all parities from the tile's products.
+// Outputs of all parities of a group from the tile's products.
 template <typename F>
 void transform_outputs(
-    const Winograd& w, const float* from, int64_t plane, const float* bias, const Corner& at,
+    const Winograd& w, int64_t group, const float* from, int64_t plane, const float* bias, const Corner& at,
     const Map<float>& y, float* outside) {
   const int64_t step = w.window.splits ? 2 : 1;
-  for (int64_t p = 0; p < w.outs; ++p) {
+  for (int64_t p = group; p < group + w.outs; ++p, from += w.padded_O) {
     float* to[F::m][F::m];
     locate<F::m>(y, at.image, step * at.y + p / 2, step * at.x + p % 2, step, outside, to);
     by_vectors(w.O, [&](int64_t o, int n) {
       Vec in[F::T * F::T], out[F::m * F::m];
-      for (int i = 0; i < F::T * F::T; ++i) in[i] = load(from + i * plane + p * w.padded_O + o);
+      for (int i = 0; i < F::T * F::T; ++i) in[i] = load(from + i * plane + o);
       multiply_both<F::kOutputs, F::m, F::T>(in, out);
       const Vec b = bias ? load_some(bias + o, n) : Vec{};
       for (int i = 0; i < F::m * F::m; ++i) store_some(to[i / F::m][i % F::m] + o, out[i] + b, n);
@@ -180,11 +180,12 @@ class Zeros {
   Buffer data_;
 };
 
-// Tiles of a block, as many as fit in `bytes`, but not few.
-int64_t block_tiles(const Winograd& w, int64_t bytes) {
-  const int64_t tile = 4 * w.T * w.T * (w.ins * w.padded_C + w.outs * w.padded_O);
-  const int64_t count = bytes / tile / kTile * kTile;
-  return count > 4 * kTile ? count : 4 * kTile;
+// Tiles of a block: as much memory as the right matrices, which each block reads, but no less than
+// the second cache keeps.
+int64_t block_tiles(const Winograd& w) {
+  const int64_t tile = w.T * w.T * (w.depth + w.width);
+  const int64_t count = (w.weights > kBlock ? w.weights : kBlock) / tile / kTile * kTile;
+  return count > kTile ? count : kTile;
 }
 
 template <typename F>
@@ -192,33 +193,33 @@ void filter(
     const Winograd& w, const Source& x, const float* weight, const float* bias, float* y,
     uint8_t* index, int64_t begin, int64_t end) {
   constexpr int TT = F::T * F::T;
-  const int64_t block = block_tiles(w, kBlockBytes);
-  const int64_t left = w.ins * w.padded_C + kSkew, right = w.outs * w.padded_O + kSkew;
+  const int64_t block = block_tiles(w), left = w.depth + kSkew, right = w.width + kSkew;
   const int64_t left_plane = block * left + kSkew, right_plane = block * right + kSkew;
   const Buffer samples(TT * left_plane), products(TT * right_plane), outside(w.padded_O);
   const int64_t scale = w.window.splits ? 2 : 1;
   const Map<float> to{y, scale * w.H / w.window.stride, scale * w.W / w.window.stride, w.O};
   for (int64_t first = begin; first < end; first += block) {
     const int64_t count = end - first < block ? end - first : block;
-    for (int64_t i = 0; i < count; ++i)
-      transform_samples<F>(
-          w, x, corner_of(w, first + i), samples.get() + i * left, left_plane);
-    for (int64_t g = 0; g < w.groups; ++g)
+    for (int64_t g = 0; g < w.groups; ++g) {
+      for (int64_t i = 0; i < count; ++i)
+        transform_samples<F>(
+            w, g, x, corner_of(w, first + i), samples.get() + i * left, left_plane);
       for (int64_t t = 0; t < TT; ++t)
         product<false>(
-            count, w.width, w.depth, samples.get() + t * left_plane + g * w.padded_C, left,
-            weight + (g * TT + t) * w.depth * w.width, 0,
-            products.get() + t * right_plane + g * w.padded_O, right, false);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* from = products.get() + i * right;
-      if constexpr (F::R == 5) {
-        if (index) {
-          transform_pooled<F>(w, from, right_plane, bias, first + i, y, index);
-          continue;
+            count, w.width, w.depth, samples.get() + t * left_plane, left,
+            weight + g * w.weights + t * w.depth * w.width, 0, products.get() + t * right_plane,
+            right, false);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* from = products.get() + i * right;
+        if constexpr (F::R == 5) {
+          if (index) {
+            transform_pooled<F>(w, from, right_plane, bias, first + i, y, index);
+            continue;
+          }
         }
+        transform_outputs<F>(
+            w, g, from, right_plane, bias, corner_of(w, first + i), to, outside.get());
       }
-      transform_outputs<F>(
-          w, from, right_plane, bias, corner_of(w, first + i), to, outside.get());
     }
   }
 }
@@ -227,7 +228,7 @@ template <typename F>
 void gradient(
     const Winograd& w, const Source& x, const Source& dy, int64_t begin, int64_t end, float* sums) {
   constexpr int TT = F::T * F::T;
-  const int64_t block = block_tiles(w, kGradientBytes);
+  const int64_t block = block_tiles(w);
   const int64_t left = w.depth + kSkew, right = w.width + kSkew;
   const int64_t left_plane = block * left + kSkew, right_plane = block * right + kSkew;
   const Buffer samples(TT * left_plane), outputs(TT * right_plane);
@@ -235,7 +236,7 @@ void gradient(
     const int64_t count = end - first < block ? end - first : block;
     for (int64_t i = 0; i < count; ++i) {
       const Corner at = corner_of(w, first + i);
-      transform_samples<F>(w, x, at, samples.get() + i * left, left_plane);
+      transform_samples<F>(w, 0, x, at, samples.get() + i * left, left_plane);
       transform<F::kOutputsBack, F::T, F::m>(
           dy, at.image, at.y, at.x, 1, outputs.get() + i * right, right_plane);
     }
@@ -252,9 +253,9 @@ template <typename F>
 void pack(const Winograd& w, const float* weight, int64_t begin, int64_t end, float* packed) {
   constexpr int R = F::R, TT = F::T * F::T;
   const int64_t K = w.window.K, stride = w.window.stride;
-  const int64_t size = w.depth * w.width, phases = stride * stride;
+  const int64_t size = w.depth * w.width;
   for (int64_t g = 0; g < w.groups; ++g)
-    for (int64_t k = 0; k < phases * w.padded_C; ++k) {
+    for (int64_t k = 0; k < w.depth; ++k) {
       const int64_t phase = k / w.padded_C, c = k % w.padded_C;
       if (c < begin || c >= end) continue;
       for (int64_t n = 0, vectors; n < w.width; n += vectors * kLanes) {
@@ -270,7 +271,7 @@ void pack(const Winograd& w, const float* weight, int64_t begin, int64_t end, fl
             taps[i] = load_some(weight + (((out * K + row) * K + tap) * w.C + c) * w.O + o, some);
           }
           multiply_both<F::kWeights, F::T, R>(taps, products);
-          float* to = packed + g * TT * size + n * w.depth + (k * vectors + v) * kLanes;
+          float* to = packed + g * w.weights + n * w.depth + (k * vectors + v) * kLanes;
           for (int t = 0; t < TT; ++t) store(to + t * size, products[t]);
         }
       }
