@@ -41,92 +41,90 @@ struct Map {
   int64_t H, W, C;
 };
 
+template <typename scalar>
+Map<scalar> image_of(const Map<scalar>& map, int64_t image) {
+  return {map.data + image * map.H * map.W * map.C, map.H, map.W, map.C};
+}
+
 // Where the pixels y + i step, x + j step of an image are, or `outside`.
 template <int count, typename scalar>
 void locate(
-    const Map<scalar>& map, int64_t image, int64_t y, int64_t x, int64_t step, scalar* outside,
+    const Map<scalar>& image, int64_t y, int64_t x, int64_t step, scalar* outside,
     scalar* (&at)[count][count]) {
   for (int i = 0; i < count; ++i)
     for (int j = 0; j < count; ++j) {
       const int64_t row = y + i * step, column = x + j * step;
-      const bool inside = row >= 0 && row < map.H && column >= 0 && column < map.W;
-      at[i][j] = inside ? map.data + ((image * map.H + row) * map.W + column) * map.C : outside;
+      const bool inside = row >= 0 && row < image.H && column >= 0 && column < image.W;
+      at[i][j] = inside ? image.data + (row * image.W + column) * image.C : outside;
     }
 }
 
 // Images to be filtered, or whose gradient is: as they are, or what a pooling left of them.
-struct Source {
-  Map<const float> map;
-  const uint8_t* index;  // of the pooling, or null
-  const float* zeros;    // as many as channels
+class Source {
+ public:
+  Source(const float* data, const uint8_t* index, int64_t H, int64_t W, int64_t C)
+      : map_{data, index ? H / 2 : H, index ? W / 2 : W, C}, index_(index), zeros_(C),
+        pixels_(index ? H * W * C : 0) {
+    for (int64_t c = 0; c < C; ++c) zeros_.get()[c] = 0.0f;
+  }
+  const float* zeros() const { return zeros_.get(); }  // a pixel
+  Map<const float> image(int64_t i) {
+    if (!index_) return image_of(map_, i);
+    if (i != current_) unpool(i);
+    current_ = i;
+    return {pixels_.get(), 2 * map_.H, 2 * map_.W, map_.C};
+  }
+
+ private:
+  void unpool(int64_t i) {
+    const int64_t row = 2 * map_.W * map_.C;  // of the image before pooling
+    for (int64_t y = 0; y < map_.H; ++y)
+      for (int64_t x = 0; x < map_.W; ++x) {
+        const int64_t pixel = ((i * map_.H + y) * map_.W + x) * map_.C;
+        float* to = pixels_.get() + 2 * y * row + 2 * x * map_.C;
+        by_vectors(map_.C, [&](int64_t c, int n) {
+          const IntVec which = load_bytes(index_ + pixel + c, n);
+          const Vec v = load_some(map_.data + pixel + c, n);
+          for (int k = 0; k < 4; ++k)
+            store_some(
+                to + k / 2 * row + k % 2 * map_.C + c, which == IntVec{} + k ? v : Vec{}, n);
+        });
+      }
+  }
+
+  Map<const float> map_;
+  const uint8_t* index_;  // of the pooling, or null
+  Buffer zeros_, pixels_;
+  int64_t current_ = -1;  // image whose pixels these are
 };
 
-// Calls body(c, in) for vectors of channels of the count x count pixels from y, x on, `step` apart.
-template <int count, typename Body>
-void read_pixels(
-    const Source& from, int64_t image, int64_t y, int64_t x, int64_t step, const Body& body) {
-  const float* at[count][count];
-  locate<count>(from.map, image, y, x, step, from.zeros, at);
-  by_vectors(from.map.C, [&](int64_t c, int n) {
-    Vec in[count * count];
-#pragma GCC unroll 36
-    for (int i = 0; i < count * count; ++i) in[i] = load_some(at[i / count][i % count] + c, n);
-    body(c, in);
-  });
-}
-
-// The same where a pooling left every second pixel, y and x even.
-template <int count, typename Body>
-void read_pooled(const Source& from, int64_t image, int64_t y, int64_t x, const Body& body) {
-  constexpr int windows = count / 2;
-  const float* at[windows][windows];
-  locate<windows>(from.map, image, y / 2, x / 2, 1, from.zeros, at);
-  by_vectors(from.map.C, [&](int64_t c, int n) {
-    Vec in[count * count];
-#pragma GCC unroll 9
-    for (int i = 0; i < windows * windows; ++i) {
-      const float* p = at[i / windows][i % windows];
-      const uint8_t* index = p == from.zeros ? from.index : from.index + (p - from.map.data);
-      const IntVec which = load_bytes(index + c, n);
-      const Vec v = load_some(p + c, n);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k)
-        in[(2 * (i / windows) + k / 2) * count + 2 * (i % windows) + k % 2] =
-            which == IntVec{} + k ? v : Vec{};
-    }
-    body(c, in);
-  });
-}
-
-// A tile's pixels from y, x on times L on both sides, to `to`: channels side by side, filled up with
-// zeros; its elements `plane` apart.
+// A tile's pixels from y, x on, `step` apart, times L on both sides, to `to`: channels side by side,
+// filled up with zeros; its elements `plane` apart.
 template <const auto& L, int rows, int columns>
 void transform(
-    const Source& from, int64_t image, int64_t y, int64_t x, int64_t step, float* to,
-    int64_t plane) {
-  const auto body = [&](int64_t c, const Vec* in) {
-    Vec out[rows * rows];
-    multiply_both<L, rows, columns>(in, out);
-    for (int i = 0; i < rows * rows; ++i) store(to + i * plane + c, out[i]);
-  };
-  bool pooled = false;
-  if constexpr (columns % 2 == 0) pooled = from.index != nullptr;
-  if constexpr (columns % 2 == 0)
-    if (pooled) read_pooled<columns>(from, image, y, x, body);
-  if (!pooled) read_pixels<columns>(from, image, y, x, step, body);
-  for (int64_t c = (from.map.C + kLanes - 1) / kLanes * kLanes; c % 16; c += kLanes)
+    const Map<const float>& image, const float* zeros, int64_t y, int64_t x, int64_t step,
+    float* to, int64_t plane) {
+  const float* at[columns][columns];
+  locate<columns>(image, y, x, step, zeros, at);
+  by_vectors(image.C, [&](int64_t c, int n) {
+    multiply_both<L, rows, columns>(
+        [&](int i, int j) { return load_some(at[i][j] + c, n); },
+        [&](int i, int j, Vec v) { store(to + (i * rows + j) * plane + c, v); });
+  });
+  for (int64_t c = round_up(image.C, kLanes); c < round_up(image.C, 16); c += kLanes)
     for (int i = 0; i < rows * rows; ++i) store(to + i * plane + c, Vec{});
 }
 
 // The tile's samples of all inputs of a group, one after the other.
 template <typename F>
 void transform_samples(
-    const Winograd& w, int64_t group, const Source& from, const Corner& at, float* to,
-    int64_t plane) {
+    const Winograd& w, int64_t group, Source& from, const Corner& at, float* to, int64_t plane) {
   const int64_t step = w.window.stride, y = step * at.y - w.window.border,
                 x = step * at.x - w.window.border;
+  const Map<const float> image = from.image(at.image);
   for (int64_t p = group; p < group + w.ins; ++p, to += w.padded_C)
-    transform<F::kSamples, F::T, F::T>(from, at.image, y + p / 2, x + p % 2, step, to, plane);
+    transform<F::kSamples, F::T, F::T>(
+        image, from.zeros(), y + p / 2, x + p % 2, step, to, plane);
 }
 
 // Outputs of all parities of a group from the tile's products.
@@ -137,26 +135,26 @@ void transform_outputs(
   const int64_t step = w.window.splits ? 2 : 1;
   for (int64_t p = group; p < group + w.outs; ++p, from += w.padded_O) {
     float* to[F::m][F::m];
-    locate<F::m>(y, at.image, step * at.y + p / 2, step * at.x + p % 2, step, outside, to);
+    locate<F::m>(image_of(y, at.image), step * at.y + p / 2, step * at.x + p % 2, step, outside, to);
     by_vectors(w.O, [&](int64_t o, int n) {
-      Vec in[F::T * F::T], out[F::m * F::m];
-      for (int i = 0; i < F::T * F::T; ++i) in[i] = load(from + i * plane + o);
-      multiply_both<F::kOutputs, F::m, F::T>(in, out);
       const Vec b = bias ? load_some(bias + o, n) : Vec{};
-      for (int i = 0; i < F::m * F::m; ++i) store_some(to[i / F::m][i % F::m] + o, out[i] + b, n);
+      multiply_both<F::kOutputs, F::m, F::T>(
+          [&](int i, int j) { return load(from + (i * F::T + j) * plane + o); },
+          [&](int i, int j, Vec v) { store_some(to[i][j] + o, v + b, n); });
     });
   }
 }
 
 // The largest output of a tile of 2x2, the first of equals or a NaN, and its number.
 template <typename F>
-void transform_pooled(
+void pool_outputs(
     const Winograd& w, const float* from, int64_t plane, const float* bias, int64_t tile, float* y,
     uint8_t* index) {
   by_vectors(w.O, [&](int64_t o, int n) {
-    Vec in[F::T * F::T], out[F::m * F::m];
-    for (int i = 0; i < F::T * F::T; ++i) in[i] = load(from + i * plane + o);
-    multiply_both<F::kOutputs, F::m, F::T>(in, out);
+    Vec out[4];
+    multiply_both<F::kOutputs, F::m, F::T>(
+        [&](int i, int j) { return load(from + (i * F::T + j) * plane + o); },
+        [&](int i, int j, Vec v) { out[2 * i + j] = v; });
     Vec best = out[0];
     IntVec which{};
     for (int k = 1; k < 4; ++k) {
@@ -169,17 +167,6 @@ void transform_pooled(
   });
 }
 
-class Zeros {
- public:
-  explicit Zeros(int64_t count) : data_(count) {
-    for (int64_t i = 0; i < count; ++i) data_.get()[i] = 0.0f;
-  }
-  const float* get() const { return data_.get(); }
-
- private:
-  Buffer data_;
-};
-
 // Tiles of a block: as much memory as the right matrices, which each block reads, but no less than
 // the second cache keeps.
 int64_t block_tiles(const Winograd& w) {
@@ -190,7 +177,7 @@ int64_t block_tiles(const Winograd& w) {
 
 template <typename F>
 void filter(
-    const Winograd& w, const Source& x, const float* weight, const float* bias, float* y,
+    const Winograd& w, Source& x, const float* weight, const float* bias, float* y,
     uint8_t* index, int64_t begin, int64_t end) {
   constexpr int TT = F::T * F::T;
   const int64_t block = block_tiles(w), left = w.depth + kSkew, right = w.width + kSkew;
@@ -213,7 +200,7 @@ void filter(
         const float* from = products.get() + i * right;
         if constexpr (F::R == 5) {
           if (index) {
-            transform_pooled<F>(w, from, right_plane, bias, first + i, y, index);
+            pool_outputs<F>(w, from, right_plane, bias, first + i, y, index);
             continue;
           }
         }
@@ -226,7 +213,7 @@ void filter(
 
 template <typename F>
 void gradient(
-    const Winograd& w, const Source& x, const Source& dy, int64_t begin, int64_t end, float* sums) {
+    const Winograd& w, Source& x, Source& dy, int64_t begin, int64_t end, float* sums) {
   constexpr int TT = F::T * F::T;
   const int64_t block = block_tiles(w);
   const int64_t left = w.depth + kSkew, right = w.width + kSkew;
@@ -238,7 +225,7 @@ void gradient(
       const Corner at = corner_of(w, first + i);
       transform_samples<F>(w, 0, x, at, samples.get() + i * left, left_plane);
       transform<F::kOutputsBack, F::T, F::m>(
-          dy, at.image, at.y, at.x, 1, outputs.get() + i * right, right_plane);
+          dy.image(at.image), dy.zeros(), at.y, at.x, 1, outputs.get() + i * right, right_plane);
     }
     for (int64_t t = 0; t < TT; ++t)
       product<true>(
@@ -251,7 +238,7 @@ void gradient(
 // Matrices of the channels begin .. end - 1, and the panels that `product` reads.
 template <typename F>
 void pack(const Winograd& w, const float* weight, int64_t begin, int64_t end, float* packed) {
-  constexpr int R = F::R, TT = F::T * F::T;
+  constexpr int R = F::R;
   const int64_t K = w.window.K, stride = w.window.stride;
   const int64_t size = w.depth * w.width;
   for (int64_t g = 0; g < w.groups; ++g)
@@ -265,14 +252,13 @@ void pack(const Winograd& w, const float* weight, int64_t begin, int64_t end, fl
           const int64_t out = w.groups > 1 ? g : column / w.padded_O;
           const int64_t left = c < w.C ? w.O - o : 0;
           const int some = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
-          Vec taps[R * R], products[TT];
-          for (int i = 0; i < R * R; ++i) {
-            const int64_t row = i / R * stride + phase / 2, tap = i % R * stride + phase % 2;
-            taps[i] = load_some(weight + (((out * K + row) * K + tap) * w.C + c) * w.O + o, some);
-          }
-          multiply_both<F::kWeights, F::T, R>(taps, products);
           float* to = packed + g * w.weights + n * w.depth + (k * vectors + v) * kLanes;
-          for (int t = 0; t < TT; ++t) store(to + t * size, products[t]);
+          multiply_both<F::kWeights, F::T, R>(
+              [&](int i, int j) {
+                const int64_t row = out * K + i * stride + phase / 2, tap = j * stride + phase % 2;
+                return load_some(weight + ((row * K + tap) * w.C + c) * w.O + o, some);
+              },
+              [&](int i, int j, Vec x) { store(to + (i * F::T + j) * size, x); });
         }
       }
     }
@@ -283,24 +269,22 @@ template <typename F>
 void unpack(
     const Winograd& w, const float* sums, int64_t parts, int64_t begin, int64_t end,
     float* dweight) {
-  constexpr int R = F::R, TT = F::T * F::T;
   const int64_t K = w.window.K, stride = w.window.stride;
   for (int64_t phase = 0; phase < w.ins; ++phase)
     for (int64_t c = begin; c < end; ++c)
       by_vectors(w.O, [&](int64_t o, int n) {
         const float* from = sums + (phase * w.padded_C + c) * w.width + o;
-        Vec products[TT], taps[R * R];
-        for (int t = 0; t < TT; ++t) {
-          products[t] = load(from + t * w.depth * w.width);
-          for (int64_t p = 1; p < parts; ++p)
-            products[t] += load(from + p * w.weights + t * w.depth * w.width);
-        }
-        multiply_both<F::kWeightsBack, R, F::T>(products, taps);
-        for (int i = 0; i < R * R; ++i) {
-          const int64_t row = i / R * stride + phase / 2;
-          const int64_t tap = i % R * stride + phase % 2;
-          store_some(dweight + ((row * K + tap) * w.C + c) * w.O + o, taps[i], n);
-        }
+        multiply_both<F::kWeightsBack, F::R, F::T>(
+            [&](int i, int j) {
+              const float* p = from + (i * F::T + j) * w.depth * w.width;
+              Vec sum = load(p);
+              for (int64_t part = 1; part < parts; ++part) sum += load(p + part * w.weights);
+              return sum;
+            },
+            [&](int i, int j, Vec x) {
+              const int64_t row = i * stride + phase / 2, tap = j * stride + phase % 2;
+              store_some(dweight + ((row * K + tap) * w.C + c) * w.O + o, x, n);
+            });
       });
 }
 
@@ -324,8 +308,7 @@ void winograd_pack(
 void winograd(
     const Winograd& w, const float* x, const uint8_t* pooled, const float* packed,
     const float* bias, float* y, uint8_t* index, int64_t begin, int64_t end) {
-  const Zeros zeros(w.C);
-  const Source from{{x, pooled ? w.H / 2 : w.H, pooled ? w.W / 2 : w.W, w.C}, pooled, zeros.get()};
+  Source from(x, pooled, w.H, w.W, w.C);
   with_filtering(w, [&](auto f) {
     filter<decltype(f)>(w, from, packed, bias, y, index, begin, end);
   });
@@ -336,10 +319,8 @@ void winograd(
 void winograd_gradient(
     const Winograd& w, const float* x, const float* dy, const uint8_t* pooled, int64_t begin,
     int64_t end, float* sums) {
-  const Zeros zeros(w.C > w.O ? w.C : w.O);
-  const int64_t step = pooled ? 2 : w.window.stride;
-  const Source from{{x, w.H, w.W, w.C}, nullptr, zeros.get()};
-  const Source to{{dy, w.H / step, w.W / step, w.O}, pooled, zeros.get()};
+  Source from(x, nullptr, w.H, w.W, w.C);
+  Source to(dy, pooled, w.H / w.window.stride, w.W / w.window.stride, w.O);
   with_filtering(w, [&](auto f) { gradient<decltype(f)>(w, from, to, begin, end, sums); });
 }
 

@@ -62,34 +62,37 @@ struct Filtering {
   static constexpr Matrix<m, T> kOutputs = transposed(kOutputsBack);
 };
 
-// out = L in, of vectors; what L multiplies by 0 is left out.
-template <const auto& L, int rows, int columns>
-static inline void multiply(const Vec* in, int in_step, Vec* out, int out_step) {
+// Row i of L times `in`; what L multiplies by 0 is left out.
+template <const auto& L, int columns>
+static inline Vec row_times(int i, const Vec* in) {
+  Vec sum{};
+  bool some = false;
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-    Vec sum{};
-    bool some = false;
-#pragma GCC unroll 8
-    for (int j = 0; j < columns; ++j) {
-      const float factor = L.at[i][j];
-      if (factor == 0) continue;
-      sum = some ? sum + in[j * in_step] * factor : in[j * in_step] * factor;
-      some = true;
-    }
-    out[i * out_step] = sum;
+  for (int j = 0; j < columns; ++j) {
+    const float factor = L.at[i][j];
+    if (factor == 0) continue;
+    sum = some ? sum + in[j] * factor : in[j] * factor;
+    some = true;
   }
+  return sum;
 }
 
-// out (rows, rows) = L in (columns, columns) L^T.
-template <const auto& L, int rows, int columns>
-static inline void multiply_both(const Vec* in, Vec* out) {
-  Vec half[rows * columns];
+// L in L^T: calls write(i, j, element) for its rows x rows, and read(i, j) for in's.
+template <const auto& L, int rows, int columns, typename Read, typename Write>
+static inline void multiply_both(const Read& read, const Write& write) {
+  Vec half[rows][columns];
 #pragma GCC unroll 8
-  for (int j = 0; j < columns; ++j)
-    multiply<L, rows, columns>(in + j, columns, half + j, columns);
+  for (int j = 0; j < columns; ++j) {
+    Vec in[columns];
+#pragma GCC unroll 8
+    for (int i = 0; i < columns; ++i) in[i] = read(i, j);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) half[i][j] = row_times<L, columns>(i, in);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
-    multiply<L, rows, columns>(half + i * columns, 1, out + i * rows, 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows; ++j) write(i, j, row_times<L, columns>(j, half[i]));
 }
 
 // Rows of a tile of `vectors` vectors of a product, as many as the registers hold.
