@@ -16,6 +16,7 @@ from . import library
 from .conv_taps import GRADIENT, backward_weight, forward_weight, weight_gradient
 from .convolution import (
     KINDS,
+    LARGEST,
     CConv,
     CConvGrad,
     channels_first,
@@ -24,10 +25,11 @@ from .convolution import (
     output_shape,
 )
 from .norm_act import norm_act
-from .register import register
+from .register import compute_type, register
+from .winograd import winograd
 
 BLOCK = 16  # images that the C++ library computes side by side, as there
-MOST_CHANNELS = 1024  # product of C and O of the convolutions that the C++ library computes
+FEW_CHANNELS = 1024  # product of C and O
 
 
 def conv_norm_act(
@@ -82,9 +84,13 @@ def conv_norm_act_cpp(
     eps: float,
 ) -> Tensor:
     """`conv_norm_act` by the C++ library, or by PyTorch's convolutions where those are faster."""
-    if _library_is_faster(x, weight, bias, scale, shift):
+    _check_shapes(x, weight, bias, scale, shift, kind)
+    way = _fastest_way(x, weight, kind, bias, scale, shift)
+    if way == "conv_norm_act":
         operator = torch.ops.fastdreamer.conv_norm_act
         return operator(x, weight, bias, scale, shift, kind, norm, eps)[0]
+    if way == "winograd":
+        return _norm_act(winograd(x, weight, bias, kind), scale, shift, norm, eps)
     return conv_then_norm_act(x, weight, bias, scale, shift, kind, norm, eps)
 
 
@@ -104,19 +110,37 @@ def conv_then_norm_act(
         y = _upsampled_by_parity(x, weight, bias)
     else:
         y = convolution(x, weight, bias, kind)
+    return _norm_act(y, scale, shift, norm, eps)
+
+
+def _norm_act(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, norm: str, eps: float
+) -> Tensor:
     return y if scale is None else torch.ops.fastdreamer.norm_act(y, scale, shift, norm, eps)
 
 
-def _library_is_faster(x: Tensor, weight: Tensor, *vectors: Tensor | None) -> bool:
-    """Batches in float32 (or left in bfloat16 by mixed precision) of many images of few channels.
+def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) -> str:
+    """The operator "conv_norm_act" for few channels, "winograd" for many, or "pytorch".
 
-    Measured forward and backward with one thread on 1024 images, in AVX-512 and AVX2: the library
-    takes 0.1 to 1.04 of PyTorch's time up to MOST_CHANNELS, 0.9 to 2.2 from 24 x 48 on.
+    Both serve batches of many images in float32, the first also those that mixed precision left in
+    bfloat16. XXX
     """
     dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
-    few = weight.shape[:2].numel() <= MOST_CHANNELS
+    if dtypes != {torch.float32} or len(x) < BLOCK:
+        return "pytorch"
+    channels = weight.shape[:2].numel()
+    if FEW_CHANNELS <= channels <= LARGEST and _fits_winograd(x, kind):
+        return "winograd"
     types = (torch.uint8, torch.float32, torch.bfloat16)
-    return few and dtypes == {torch.float32} and x.dtype in types and len(x) >= BLOCK
+    return "conv_norm_act" if channels <= FEW_CHANNELS and x.dtype in types else "pytorch"
+
+
+def _fits_winograd(x: Tensor, kind: str) -> bool:
+    """In float32, also within autocast, and sides that whole tiles of outputs fill."""
+    if x.dtype != torch.float32 or compute_type(x.device.type) != torch.float32:
+        return False
+    tile = {"pool": 2, "stride": 8}.get(kind, 4)
+    return x.shape[1] % tile == 0 and x.shape[2] % tile == 0
 
 
 def _check_shapes(

@@ -15,6 +15,7 @@ from torch import Tensor
 from .library import Arguments
 
 KINDS = ("pool", "stride", "upsample", "transpose")  # as in csrc/fastdreamer.h
+LARGEST = 2**24 // 40  # product of C and O that the C++ library takes
 
 
 def channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,7 @@ namespace FD_ISA {
 namespace {
 
 constexpr int64_t kSkew = 16;  // elements between rows and matrices, or they share a cache's set
-
-constexpr int64_t kBlock = 1 << 17;  // elements of a block
+constexpr int64_t kLeastBlock = 1 << 17, kMostBlock = 1 << 22;  // elements
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
@@ -130,12 +129,13 @@ void transform_samples(
 // Outputs of all parities of a group from the tile's products.
 template <typename F>
 void transform_outputs(
-    const Winograd& w, int64_t group, const float* from, int64_t plane, const float* bias, const Corner& at,
-    const Map<float>& y, float* outside) {
+    const Winograd& w, int64_t group, const float* from, int64_t plane, const float* bias,
+    const Corner& at, const Map<float>& y, float* outside) {
   const int64_t step = w.window.splits ? 2 : 1;
   for (int64_t p = group; p < group + w.outs; ++p, from += w.padded_O) {
     float* to[F::m][F::m];
-    locate<F::m>(image_of(y, at.image), step * at.y + p / 2, step * at.x + p % 2, step, outside, to);
+    locate<F::m>(
+        image_of(y, at.image), step * at.y + p / 2, step * at.x + p % 2, step, outside, to);
     by_vectors(w.O, [&](int64_t o, int n) {
       const Vec b = bias ? load_some(bias + o, n) : Vec{};
       multiply_both<F::kOutputs, F::m, F::T>(
@@ -167,12 +167,14 @@ void pool_outputs(
   });
 }
 
-// Tiles of a block: as much memory as the right matrices, which each block reads, but no less than
-// the second cache keeps.
-int64_t block_tiles(const Winograd& w) {
-  const int64_t tile = w.T * w.T * (w.depth + w.width);
-  const int64_t count = (w.weights > kBlock ? w.weights : kBlock) / tile / kTile * kTile;
-  return count > kTile ? count : kTile;
+// Tiles of a block: it takes as much memory as the right matrices, which every block reads; the
+// least stays in the second cache.
+int64_t block_tiles(const Winograd& w, int64_t tiles) {
+  const int64_t elements = w.weights < kLeastBlock  ? kLeastBlock
+                           : w.weights > kMostBlock ? kMostBlock
+                                                    : w.weights;
+  const int64_t count = round_up(elements / (w.T * w.T * (w.depth + w.width)) + 1, kTile);
+  return count < tiles ? count : tiles;
 }
 
 template <typename F>
@@ -180,7 +182,8 @@ void filter(
     const Winograd& w, Source& x, const float* weight, const float* bias, float* y,
     uint8_t* index, int64_t begin, int64_t end) {
   constexpr int TT = F::T * F::T;
-  const int64_t block = block_tiles(w), left = w.depth + kSkew, right = w.width + kSkew;
+  const int64_t block = block_tiles(w, end - begin);
+  const int64_t left = w.depth + kSkew, right = w.width + kSkew;
   const int64_t left_plane = block * left + kSkew, right_plane = block * right + kSkew;
   const Buffer samples(TT * left_plane), products(TT * right_plane), outside(w.padded_O);
   const int64_t scale = w.window.splits ? 2 : 1;
@@ -215,7 +218,7 @@ template <typename F>
 void gradient(
     const Winograd& w, Source& x, Source& dy, int64_t begin, int64_t end, float* sums) {
   constexpr int TT = F::T * F::T;
-  const int64_t block = block_tiles(w);
+  const int64_t block = block_tiles(w, end - begin);
   const int64_t left = w.depth + kSkew, right = w.width + kSkew;
   const int64_t left_plane = block * left + kSkew, right_plane = block * right + kSkew;
   const Buffer samples(TT * left_plane), outputs(TT * right_plane);
@@ -235,33 +238,30 @@ void gradient(
   }
 }
 
-// Matrices of the channels begin .. end - 1, and the panels that `product` reads.
+// Right matrices of the channels begin .. end - 1, in the panels that `product` reads.
 template <typename F>
 void pack(const Winograd& w, const float* weight, int64_t begin, int64_t end, float* packed) {
-  constexpr int R = F::R;
-  const int64_t K = w.window.K, stride = w.window.stride;
-  const int64_t size = w.depth * w.width;
+  const int64_t K = w.window.K, stride = w.window.stride, size = w.depth * w.width;
+  const auto column = [&](int64_t group, int64_t phase, int64_t c, int64_t n, float* to) {
+    const int64_t out = group + n / w.padded_O, o = n % w.padded_O;
+    const int64_t left = c < w.C && o < w.O ? w.O - o : 0;
+    const int some = static_cast<int>(left < kLanes ? left : kLanes);
+    multiply_both<F::kWeights, F::T, F::R>(
+        [&](int i, int j) {
+          const int64_t row = out * K + i * stride + phase / 2, tap = j * stride + phase % 2;
+          return load_some(weight + ((row * K + tap) * w.C + c) * w.O + o, some);
+        },
+        [&](int i, int j, Vec x) { store(to + (i * F::T + j) * size, x); });
+  };
   for (int64_t g = 0; g < w.groups; ++g)
-    for (int64_t k = 0; k < w.depth; ++k) {
-      const int64_t phase = k / w.padded_C, c = k % w.padded_C;
-      if (c < begin || c >= end) continue;
-      for (int64_t n = 0, vectors; n < w.width; n += vectors * kLanes) {
-        vectors = panel_vectors((w.width - n) / kLanes);
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t column = n + v * kLanes, o = column % w.padded_O;
-          const int64_t out = w.groups > 1 ? g : column / w.padded_O;
-          const int64_t left = c < w.C ? w.O - o : 0;
-          const int some = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
-          float* to = packed + g * w.weights + n * w.depth + (k * vectors + v) * kLanes;
-          multiply_both<F::kWeights, F::T, R>(
-              [&](int i, int j) {
-                const int64_t row = out * K + i * stride + phase / 2, tap = j * stride + phase % 2;
-                return load_some(weight + ((row * K + tap) * w.C + c) * w.O + o, some);
-              },
-              [&](int i, int j, Vec x) { store(to + (i * F::T + j) * size, x); });
+    for (int64_t phase = 0; phase < w.ins; ++phase)
+      for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0, vectors; n < w.width; n += vectors * kLanes) {
+          vectors = panel_vectors((w.width - n) / kLanes);
+          const int64_t row = (phase * w.padded_C + c) * vectors * kLanes;
+          for (int64_t v = 0; v < vectors * kLanes; v += kLanes)
+            column(g, phase, c, n + v, packed + g * w.weights + n * w.depth + row + v);
         }
-      }
-    }
 }
 
 // The weights' gradient (K, K, C, O) of the channels begin .. end - 1 from the parts' sums.
