@@ -26,12 +26,7 @@ def channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """One of `KINDS` by PyTorch; (N, H, W, C) -> (N, H', W', O).
-
-    "pool" is a 5x5 convolution and the maximum of every 2x2, "stride" a 4x4 one of stride 2; both
-    halve. "upsample" is a 5x5 convolution of the image with every pixel doubled both ways,
-    "transpose" a transposed 4x4 one of stride 2; both double. Borders are zeros.
-    """
+    """A convolution as in `conv_norm_act`, by PyTorch; (N, H, W, C) -> (N, H', W', O)."""
     x = channels_first(x, weight.dtype)
     if kind == "upsample":
         x = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -53,9 +48,7 @@ def output_shape(x: Tensor, weight: Tensor, kind: str) -> torch.Size:
     return torch.Size((n, 2 * height, 2 * width, weight.shape[1 if kind == "transpose" else 0]))
 
 
-def check_shapes(
-    name: str, x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None
-) -> None:
+def check_shapes(name: str, x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) -> None:
     """Raises ValueError where tensors of the operator ``name`` do not fit."""
     if kind not in KINDS:
         raise ValueError(f"{name}: kind must be one of {KINDS}, not {kind!r}")

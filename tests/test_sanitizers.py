@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = (
-    *("operators", "lambda_return", "norm_act", "conv_norm_act", "twohot", "unimix", "optim"),
-    *("gru_step", "rssm", "policy_step", "heads", "bfloat16", "gumbel", "image_loss"),
+    *("operators", "lambda_return", "norm_act", "conv_norm_act", "winograd", "twohot", "unimix"),
+    *("optim", "gru_step", "rssm", "policy_step", "heads", "bfloat16", "gumbel", "image_loss"),
 )
 # What no memory error hides in, and torch's tracer is slow under a sanitizer.
 LEFT_OUT = (
