@@ -48,12 +48,17 @@ ROWS = {
     "heads": (16384, 64),
     "convolution": (16 * 64 * 32 * 32, 24),
 }
-# N, H, W, C, O of the second convolution of size 1m, of its last one, and of XS's first and last.
+# N, H, W, C, O of the second convolution of size 1m, of its last one, and of XS's first and last; of
+# wide ones of 12m and S.
 CONVOLUTIONS = {
     "pool": (256, 32, 32, 8, 12),
     "upsample": (256, 32, 32, 8, 3),
     "stride": (256, 64, 64, 3, 24),
     "transpose": (256, 32, 32, 24, 3),
+    "pool wide": (256, 16, 16, 48, 64),
+    "upsample wide": (256, 16, 16, 48, 32),
+    "stride wide": (256, 32, 32, 32, 64),
+    "transpose wide": (256, 16, 16, 64, 32),
 }
 # N (1 + H), D, S, K, units of the heads on imagined states, by size.
 FEATURES = {
@@ -138,7 +143,7 @@ def norm_act_inputs(kind: str, shape: tuple[int, int]) -> list[Any]:
 def conv_norm_act_inputs(shape: tuple[int, ...]) -> list[Any]:
     g = torch.Generator().manual_seed(0)
     n, height, width, c, o = shape
-    kind = next(k for k, v in CONVOLUTIONS.items() if v == shape)
+    kind = next(k for k, v in CONVOLUTIONS.items() if v == shape).split()[0]
     size = 5 if kind in ("pool", "upsample") else 4
     x = torch.randn(n, height, width, c, generator=g)
     outer = (c, o) if kind == "transpose" else (o, c)

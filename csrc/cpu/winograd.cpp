@@ -109,17 +109,15 @@ int32_t fd_winograd_backward(const fd_conv* conv, const fd_conv_grad* grad) {
   const bool pools = conv->kind == FD_CONV_POOL, halves = conv->kind == FD_CONV_STRIDE;
   const uint8_t* index = pools ? static_cast<const uint8_t*>(conv->index) : nullptr;
   const int64_t N = conv->N, C = conv->C, O = conv->O;
+  // Of the gradient, before pooling.
   const int64_t H = pools ? conv->H : halves ? conv->H / 2 : 2 * conv->H;
   const int64_t W = pools ? conv->W : halves ? conv->W / 2 : 2 * conv->W;
-  const Window& back = kBackward[conv->kind];
+  const Winograd forth = winograd_of(kForward[conv->kind], N, conv->H, conv->W, C, O);
+  const Winograd back = winograd_of(kBackward[conv->kind], N, H, W, O, C);
   const float* x = static_cast<const float*>(conv->x);
   if (grad->dx && N > 0)
-    filter(winograd_of(back, N, H, W, O, C), grad->dy, index, grad->weight, nullptr, grad->dx, nullptr);
-  if (shrinks(*conv))
-    weight_gradient(
-        winograd_of(kForward[conv->kind], N, conv->H, conv->W, C, O), x, grad->dy, index,
-        grad->dweight);
-  else
-    weight_gradient(winograd_of(back, N, H, W, O, C), grad->dy, x, nullptr, grad->dweight);
+    filter(back, grad->dy, index, grad->weight, nullptr, grad->dx, nullptr);
+  if (shrinks(*conv)) weight_gradient(forth, x, grad->dy, index, grad->dweight);
+  else weight_gradient(back, grad->dy, x, nullptr, grad->dweight);
   return FD_OK;
 }

@@ -7,8 +7,8 @@
 namespace fastdreamer {
 
 // A window of stride 2 is four filters of half its size, each over the pixels of one parity, which
-// lie side by side as channels (`ins`). One that splits gives outputs of four parities, side by side
-// too (`outs`), or where it also shifts one after the other, as each has an input of its own
+// lie side by side as channels (`ins`). One that splits gives outputs of four parities: side by side
+// too (`outs`), or, where it also shifts and each has an input of its own, one after the other
 // (`groups`).
 // Channels are filled up with zeros to whole vectors of every instruction set.
 struct Winograd {

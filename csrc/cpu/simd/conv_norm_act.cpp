@@ -96,7 +96,8 @@ void output_gradient(
       store(sum, load(sum) + load(dz + i * kLanes));
     }
     const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
-    if (conv.kind == FD_CONV_POOL) unpool(dz, static_cast<const int32_t*>(conv.index) + index, size.W, to, y);
+    if (conv.kind == FD_CONV_POOL)
+      unpool(dz, static_cast<const int32_t*>(conv.index) + index, size.W, to, y);
   }
 }
 

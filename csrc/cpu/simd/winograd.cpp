@@ -1,5 +1,5 @@
-// Convolutions by minimal filtering: tiles to T x T matrices with a row for each tile, products with
-// the weights' matrices, and back. A block of tiles stays in the cache.
+// Convolutions by minimal filtering: tiles to T x T matrices with a row for each tile, products of
+// these with the weights' matrices, and back.
 #include "../winograd.h"
 #include "winograd.h"
 
