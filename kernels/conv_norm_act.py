@@ -123,9 +123,10 @@ def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) 
     """The operator "conv_norm_act" for few channels, "winograd" for many, or "pytorch".
 
     Both serve batches of many images in float32, the first also those that mixed precision left in
-    bfloat16. Measured forward and backward with one thread, in AVX-512 and AVX2, the first takes 0.1
-    to 1.04 of PyTorch's time up to FEW_CHANNELS, where the second takes 0.6 to 0.95 of the first's;
-    from there on the second takes 0.4 to 0.9 of PyTorch's, or up to 1.5 if tiles hang over borders.
+    bfloat16. Measured forward and backward with one thread, in AVX-512 and AVX2: the first takes
+    0.1 to 1.04 of PyTorch's time up to FEW_CHANNELS, where the second takes 0.6 to 0.95 of the
+    first's; from there on the second takes 0.4 to 0.9 of PyTorch's, or up to 1.5 where tiles hang
+    over the border.
     """
     dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
     if dtypes != {torch.float32} or len(x) < BLOCK:
