@@ -48,7 +48,7 @@ ROWS = {
     "heads": (16384, 64),
     "convolution": (16 * 64 * 32 * 32, 24),
 }
-# N, H, W, C, O of the second convolution of size 1m, of its last one, of XS's first and last, and of
+# N, H, W, C, O of the second and the last convolution of size 1m, of XS's first and last, and of
 # wide ones of 12m and S.
 CONVOLUTIONS = {
     "pool": (256, 32, 32, 8, 12),
