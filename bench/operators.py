@@ -57,7 +57,7 @@ CONVOLUTIONS = {
     "transpose": (256, 32, 32, 24, 3),
     "pool wide": (256, 16, 16, 48, 64),
     "upsample wide": (256, 16, 16, 48, 32),
-    "stride wide": (256, 32, 32, 32, 64),
+    "stride wide": (256, 16, 16, 64, 128),
     "transpose wide": (256, 16, 16, 64, 32),
 }
 # N (1 + H), D, S, K, units of the heads on imagined states, by size.
