@@ -30,6 +30,7 @@ from .winograd import winograd
 
 BLOCK = 16  # images that the C++ library computes side by side, as there
 FEW_CHANNELS = 1024  # product of C and O
+LEAST_TILES = 128
 
 
 def conv_norm_act(
@@ -125,8 +126,8 @@ def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) 
     Both serve batches of many images in float32, the first also those that mixed precision left in
     bfloat16. Measured forward and backward with one thread, in AVX-512 and AVX2: the first takes
     0.1 to 1.04 of PyTorch's time up to FEW_CHANNELS, where the second takes 0.6 to 0.95 of the
-    first's; from there on the second takes 0.4 to 0.9 of PyTorch's, or up to 1.5 where tiles hang
-    over the border.
+    first's; from there on the second takes 0.4 to 0.9 of PyTorch's on 1024 images, but up to 1.5
+    where tiles hang over the border, and up to 2 with a few dozen tiles.
     """
     dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
     if dtypes != {torch.float32} or len(x) < BLOCK:
@@ -139,11 +140,14 @@ def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) 
 
 
 def _fits_winograd(x: Tensor, kind: str) -> bool:
-    """In float32, also within autocast, and sides that whole tiles of outputs fill."""
+    """In float32, also within autocast; sides that whole tiles of outputs fill; and so many tiles
+    that transforming the weights is worth it."""
     if x.dtype != torch.float32 or compute_type(x.device.type) != torch.float32:
         return False
     tile = {"pool": 2, "stride": 8}.get(kind, 4)
-    return x.shape[1] % tile == 0 and x.shape[2] % tile == 0
+    rows, columns = x.shape[1] // tile, x.shape[2] // tile
+    filled = x.shape[1] % tile == 0 and x.shape[2] % tile == 0
+    return filled and len(x) * rows * columns >= LEAST_TILES
 
 
 def _check_shapes(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdreamer.kernels import conv_norm_act as conv_norm_act_module
 from fastdreamer.kernels import library
+from fastdreamer.kernels.conv_norm_act import LEAST_TILES
 from fastdreamer.kernels.convolution import KINDS, CConv, CConvGrad, convolution
 from fastdreamer.kernels.winograd import BWD_SIGNATURE, FWD_SIGNATURE, winograd
 
@@ -168,7 +169,7 @@ def test_compiles_to_one_graph(cpp, kind):
 
 @kinds
 def test_serves_many_channels(cpp, kind, monkeypatch):
-    """Of batches in float32, in the place of PyTorch's convolutions; autocast keeps these."""
+    """Of many tiles in float32, in the place of PyTorch's convolutions; autocast keeps these."""
     calls = []
 
     def spy(*inputs: object) -> Tensor:
@@ -177,9 +178,9 @@ def test_serves_many_channels(cpp, kind, monkeypatch):
 
     monkeypatch.setattr(conv_norm_act_module, "winograd", spy)
     options = (None, None, kind, "rms", 0.1)
-    side = 8 if kind in ("pool", "stride") else 4
-    inputs = make_inputs(kind, (16, side, side, 40, 32))
-    ragged = make_inputs(kind, (16, side, side + 2, 40, 32))
+    side = {"pool": 2, "stride": 8}.get(kind, 4)  # of one tile
+    inputs = make_inputs(kind, (LEAST_TILES, side, side, 40, 32))
+    ragged = make_inputs(kind, (LEAST_TILES, side, side + 2, 40, 32))
     few = [inputs[0][1:], *inputs[1:]]
     for served, tensors in ((True, inputs), (kind == "pool", ragged), (False, few)):
         y = cpp.conv_norm_act(*tensors, *options)
