@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import operators, update
+from bench import operator_inputs, operators, update
 from bench.results import ROOT
 from bench.workload import PLAIN, Workload
 from fastdreamer.config import PRESETS
@@ -252,50 +252,51 @@ class Case:
 
 def cases(device: str) -> Iterator[Case]:
     """What `bench.operators` times, on the device; on a CPU one of each."""
-    o = operators
+    o, made = operators, operator_inputs
     both = (o.forward, o.forward_backward)
     table: list[tuple[str, dict[str, Any], Callable, tuple[Callable, ...]]] = [
-        ("lambda_return", o.SHAPES, o.lambda_return_inputs, both),
-        ("norm_act rms", o.ROWS, partial(o.norm_act_inputs, "rms"), both),
-        ("norm_act layer", o.ROWS, partial(o.norm_act_inputs, "layer"), both),
-        ("conv_norm_act", o.CONVOLUTIONS, o.conv_norm_act_inputs, both),
-        ("latent_linear", o.FEATURES, o.latent_linear_inputs, both),
+        ("lambda_return", o.SHAPES, made.lambda_return, both),
+        ("norm_act rms", o.ROWS, partial(made.norm_act, "rms"), both),
+        ("norm_act layer", o.ROWS, partial(made.norm_act, "layer"), both),
+        ("conv_norm_act", made.CONVOLUTIONS, made.conv_norm_act, both),
+        ("latent_linear", o.FEATURES, made.latent_linear, both),
+        ("image_loss", o.IMAGES, made.image_loss, both),
         *(
-            (name, o.BINS, partial(o.twohot_inputs, name), both)
+            (name, o.BINS, partial(made.twohot, name), both)
             for name in ("twohot_loss", "twohot_mean")
         ),
         *(
-            (name, o.CATEGORICALS, partial(o.categorical_inputs, name), both)
+            (name, o.CATEGORICALS, partial(made.categorical, name), both)
             for name in ("unimix", "entropy", "kl", "balanced_kl", "sample")
         ),
         *(
-            (name, o.STEPS, partial(o.gru_step_inputs, name), both)
+            (name, o.STEPS, partial(made.gru_step, name), both)
             for name in ("gru_step", "block_gru_step")
         ),
         *(
             (f"rssm_observe {r}-{s}", {"replay": (16, 64)}, scan_inputs("observe", r), both[1:])
-            for r, s in o.SCANS.items()
+            for r, s in made.SCANS.items()
         ),
         *(
             (f"rssm_imagine {r}-{s}", {"starts": (1024, 15)}, scan_inputs("imagine", r), both[:1])
-            for r, s in o.SCANS.items()
+            for r, s in made.SCANS.items()
         ),
         *(
             (f"heads {r}-{s}", {"imagined": (o.IMAGINED,)}, heads_inputs(r), both)
-            for r, s in o.SCANS.items()
+            for r, s in made.SCANS.items()
         ),
         *(
             (f"policy_step {r}-{s}", {n: (n,) for n in o.ENVS}, policy_inputs(r), both[:1])
-            for r, s in o.SCANS.items()
+            for r, s in made.SCANS.items()
         ),
         (
             "agc_laprop",
             {"1m": ("1m",), "12m": ("12m",)},
-            lambda x: o.step_inputs("agc_laprop", *x),
+            lambda x: made.step("agc_laprop", *x),
             both[:1],
         ),
-        ("clip_adam", {"s": ("s",)}, lambda x: o.step_inputs("clip_adam", *x), both[:1]),
-        ("ema", {r: (r, s) for r, s in o.TARGETS.items()}, lambda x: o.ema_inputs(*x), both[:1]),
+        ("clip_adam", {"s": ("s",)}, lambda x: made.step("clip_adam", *x), both[:1]),
+        ("ema", {r: (r, s) for r, s in o.TARGETS.items()}, lambda x: made.ema(*x), both[:1]),
     ]
     for label, shapes, make, passes in table:
         for shape in list(shapes.values())[: None if device == "cuda" else 1]:
@@ -306,18 +307,18 @@ def cases(device: str) -> Iterator[Case]:
 
 def scan_inputs(scan: str, recipe: str) -> Callable[[tuple[int, int]], list[Any]]:
     """Of a scan: (rows, steps) -> its inputs."""
-    make = operators.observe_inputs if scan == "observe" else operators.imagine_inputs
+    make = operator_inputs.observe if scan == "observe" else operator_inputs.imagine
     return lambda shape: make(recipe, *shape)
 
 
 def heads_inputs(recipe: str) -> Callable[[tuple[int]], list[Any]]:
     """Of heads: (rows,) -> their inputs."""
-    return lambda shape: operators.heads_inputs(recipe, *shape)
+    return lambda shape: operator_inputs.heads(recipe, *shape)
 
 
 def policy_inputs(recipe: str) -> Callable[[tuple[int]], list[Any]]:
     """Of a policy step: (environments,) -> its inputs."""
-    return lambda shape: operators.policy_step_inputs(recipe, *shape)
+    return lambda shape: operator_inputs.policy_step(recipe, *shape)
 
 
 def _moved(x: Any, device: str) -> Any:

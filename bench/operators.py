@@ -15,24 +15,17 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
+from bench import operator_inputs
+from bench.operator_inputs import CONVOLUTIONS, REFERENCE, SCANS
 from bench.results import record
 from fastdreamer import kernels
-from fastdreamer.agent import Agent
-from fastdreamer.config import SIZES
-from fastdreamer.kernels import unimix
-from fastdreamer.kernels.heads import Head
-from fastdreamer.kernels.latent_linear import Latents
-from fastdreamer.recipe import RECIPES
 
 torch.compiler.config.force_disable_caches = True  # or the first call would not show compiling
 
-REFERENCE = kernels.resolve("reference")
 BACKENDS = ("reference", "compile(reference)", "cpp")
 ROUNDS = range(5)
 SHAPES = {"imagination": (1024, 15), "replay": (16, 63)}  # N, T of every preset's 16 x 64 batch
@@ -48,18 +41,6 @@ ROWS = {
     "heads": (16384, 64),
     "convolution": (16 * 64 * 32 * 32, 24),
 }
-# N, H, W, C, O of the second and the last convolution of size 1m, of XS's first and last, and of
-# wide ones of 12m and S.
-CONVOLUTIONS = {
-    "pool": (256, 32, 32, 8, 12),
-    "upsample": (256, 32, 32, 8, 3),
-    "stride": (256, 64, 64, 3, 24),
-    "transpose": (256, 32, 32, 24, 3),
-    "pool wide": (256, 16, 16, 48, 64),
-    "upsample wide": (256, 16, 16, 48, 32),
-    "stride wide": (256, 16, 16, 64, 128),
-    "transpose wide": (256, 16, 16, 64, 32),
-}
 # N (1 + H), D, S, K, units of the heads on imagined states, by size.
 FEATURES = {
     "2023-xs": (16384, 256, 32, 32, 256),
@@ -70,9 +51,8 @@ IMAGINED = 16384  # N (1 + H)
 BINS = {"replay": (1024, 255), "imagination": (16384, 255)}
 IMAGES = {"replay": (1024, 64, 64, 3)}
 PASSES = ("forward", "forward+backward")
-# B, D, U, G of both cells; by recipe the size whose weights the scans have.
+# B, D, U, G of both cells.
 STEPS = {"replay": (16, 512, 64, 8), "imagination": (1024, 512, 64, 8)}
-SCANS = {"2025": "1m", "2023": "xs"}
 ENVS = (1, 8)
 STEPPED = {"agc_laprop": "12m", "clip_adam": "s"}  # size of the agent
 TARGETS = {"2025": "12m", "2023": "s"}
@@ -126,192 +106,10 @@ def _row(key: Key, timing: Timing) -> dict[str, Any]:
     }
 
 
-def lambda_return_inputs(shape: tuple[int, int]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    reward, value = (torch.randn(shape, generator=g) for _ in range(2))
-    discount = 0.997 * torch.rand(shape, generator=g).gt(0.01)
-    return [x.requires_grad_() for x in (reward, discount, value)] + [torch.tensor(0.95)]
-
-
-def norm_act_inputs(kind: str, shape: tuple[int, int]) -> list[Any]:
-    g = torch.Generator().manual_seed(0)
-    x, scale = torch.randn(shape, generator=g), torch.rand(shape[1], generator=g)
-    shift = torch.randn(shape[1], generator=g).requires_grad_() if kind == "layer" else None
-    return [x.requires_grad_(), scale.requires_grad_(), shift, kind, 1e-3]
-
-
-def conv_norm_act_inputs(shape: tuple[int, ...]) -> list[Any]:
-    g = torch.Generator().manual_seed(0)
-    n, height, width, c, o = shape
-    kind = next(k for k, v in CONVOLUTIONS.items() if v == shape).split()[0]
-    size = 5 if kind in ("pool", "upsample") else 4
-    x = torch.randn(n, height, width, c, generator=g)
-    outer = (c, o) if kind == "transpose" else (o, c)
-    weight = torch.randn(*outer, size, size, generator=g) / (c * size**2) ** 0.5
-    bias, scale = (torch.rand(o, generator=g).requires_grad_() for _ in range(2))
-    return [x.requires_grad_(), weight.requires_grad_(), bias, scale, None, kind, "rms", 1e-3]
-
-
-def latent_linear_inputs(shape: tuple[int, ...]) -> list[Any]:
-    rows, deter, stoch, classes, outputs = shape
-    g = torch.Generator().manual_seed(0)
-    index = torch.randint(classes, (rows, stoch), generator=g, dtype=torch.int32)
-    onehot = (index.unsqueeze(-1) == torch.arange(classes)).float().flatten(1)
-    feat = torch.cat([torch.randn(rows, deter, generator=g), onehot], 1)
-    weight = torch.randn(outputs, feat.shape[1], generator=g).requires_grad_()
-    bias = torch.randn(outputs, generator=g).requires_grad_()
-    return [feat, index, weight, bias, deter, classes]
-
-
-def twohot_inputs(name: str, shape: tuple[int, int]) -> list[Any]:
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape, generator=g).requires_grad_()
-    targets = [torch.randn(shape[0], generator=g)] if name == "twohot_loss" else []
-    return [logits, *targets, "symexp"]
-
-
-def image_loss_inputs(shape: tuple[int, ...]) -> list[Any]:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=g).requires_grad_()
-    return [x, torch.randint(256, shape, generator=g, dtype=torch.uint8), 0.0, True]
-
-
-def categorical_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    logits = [torch.randn(shape, generator=g) for _ in range(2)]
-    if name == "unimix":
-        return [logits[0].requires_grad_()]
-    logp, logq = (unimix.unimix(x).requires_grad_() for x in logits)
-    if name == "entropy":
-        return [logp]
-    noise = -torch.empty(shape).exponential_(generator=g).log()
-    return [logp, noise if name == "sample" else logq]
-
-
-def atari_agent(recipe: str, size: str) -> Agent:
-    torch.manual_seed(0)
-    spaces = {"image": Box(0, 255, (64, 64, 3), np.uint8)}, Discrete(18)
-    return Agent(*spaces, SIZES[recipe][size], RECIPES[recipe], REFERENCE)
-
-
-def gru_step_inputs(name: str, shape: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    B, D, U, G = shape
-    width = D // G
-    vectors = [(D,), (D,), (G, width, 3 * width), (3 * D,)]
-    weights = [(G, width + U, width), *vectors] if name == "block_gru_step" else []
-    sizes = [(B, D), (B, U), *(weights or [(3 * D, D + U), (3 * D,), (3 * D,)])]
-    return [(torch.randn(s, generator=g) / s[-1] ** 0.5).requires_grad_() for s in sizes]
-
-
-def leaves(tree: Any) -> Any:
-    """The same tuples with a leaf of its own, with gradient, for each tensor."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone().requires_grad_()
-    if isinstance(tree, tuple):
-        parts = map(leaves, tree)
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
-
-
-def detached(tree: Any) -> Any:
-    """The same tuples without gradient."""
-    if isinstance(tree, tuple):
-        parts = map(detached, tree)
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree.detach() if isinstance(tree, Tensor) else tree
-
-
 def tensors_of(tree: Any) -> list[Tensor]:
     if isinstance(tree, list | tuple):
         return [x for part in tree for x in tensors_of(part)]
     return [tree] if isinstance(tree, Tensor) else []
-
-
-def clear_noise(*shape: int) -> Tensor:
-    """Gumbel noise so wide that rounding does not change what is drawn."""
-    g = torch.Generator().manual_seed(0)
-    return -50 * torch.empty(shape).exponential_(generator=g).log()
-
-
-@cache
-def observe_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
-    agent = atari_agent(recipe, SCANS[recipe])
-    rssm, g = agent.world_model.rssm, torch.Generator().manual_seed(0)
-    weights = leaves(rssm.weights())
-    weights.initial_stoch.requires_grad_(False)  # a drawn class: the scan has no gradient of it
-    start = torch.zeros(rows, rssm.deter), torch.zeros(rows, *rssm.latent)
-    action = torch.eye(18)[torch.randint(18, (rows, steps), generator=g)]
-    units = weights.posterior[0].weight.shape[0]
-    embedded = torch.randn(rows, steps, units, generator=g).requires_grad_()
-    first = torch.rand(rows, steps, generator=g) < 0.01
-    return [weights, *start, action, embedded, first, clear_noise(rows, steps, *rssm.latent)]
-
-
-@cache
-def imagine_inputs(recipe: str, rows: int, steps: int) -> list[Any]:
-    agent = atari_agent(recipe, SCANS[recipe])
-    rssm = agent.world_model.rssm
-    weights, policy = leaves(rssm.weights()), leaves(agent.actor.weights())
-    start = torch.zeros(rows, rssm.deter), torch.zeros(rows, *rssm.latent)
-    noise = clear_noise(rows, steps, *rssm.latent), clear_noise(rows, steps + 1, 18)
-    return [weights, policy, *start, *noise]
-
-
-@cache
-def heads_inputs(recipe: str, rows: int) -> list[Any]:
-    """Of all heads on imagined states, the critic's and the actor's with gradient."""
-    agent, g = atari_agent(recipe, SCANS[recipe]), torch.Generator().manual_seed(0)
-    torch.nn.init.normal_(agent.critic.out.weight, std=0.1, generator=g)  # it starts at 0
-    model, bins = agent.world_model, agent.recipe.bins
-    shape = (rows, model.rssm.deter, *model.rssm.latent, 1)
-    feat, index, _, _, deter, classes = latent_linear_inputs(shape)
-    given = [
-        Head(detached(model.reward.weights()), bins),
-        Head(detached(agent.target_critic.weights()), bins),
-        Head(detached(model.cont.weights())),
-        Head(leaves(agent.critic.weights()), trained=True),
-        Head(leaves(agent.actor.mlp.weights()), trained=True),
-    ]
-    return [feat, Latents(index, deter, classes), given, model.reward.eps]
-
-
-@cache
-def policy_step_inputs(recipe: str, rows: int) -> list[Any]:
-    """Of a policy step behind the encoder."""
-    agent, g = atari_agent(recipe, SCANS[recipe]), torch.Generator().manual_seed(0)
-    rssm, embedding = agent.world_model.rssm, agent.world_model.rssm.embedding()
-    weights, policy = detached(rssm.weights()), detached(agent.actor.weights())
-    state = torch.randn(rows, rssm.deter, generator=g), torch.zeros(rows, *rssm.latent)
-    state[1][..., 0] = 1
-    x = torch.randn(rows, embedding.weight.shape[1], generator=g)
-    first = torch.zeros(rows, dtype=torch.bool)
-    steps = (torch.eye(18)[:rows], x, first, clear_noise(rows, *rssm.latent))
-    return [weights, (detached(embedding),), policy, *state, *steps, clear_noise(rows, 18)]
-
-
-@cache
-def step_inputs(name: str, size: str) -> list[Any]:
-    """Parameters, gradients and moments that an Atari agent's step has, and the scalars.
-
-    ``clip_adam`` steps the world model of recipe 2023, ``agc_laprop`` all of recipe 2025.
-    """
-    adam = name == "clip_adam"
-    agent = atari_agent("2023", size).world_model if adam else atari_agent("2025", size)
-    params = [p.data for p in agent.parameters() if p.requires_grad]
-    g = torch.Generator().manual_seed(0)
-    grads, nu, mu = ([torch.randn(p.shape, generator=g) for p in params] for _ in range(3))
-    rate, clip = (1e-4, 1000.0) if adam else (4e-5, 0.3)
-    return [params, grads, [x.square() for x in nu], mu, 1000, rate, clip]
-
-
-@cache
-def ema_inputs(recipe: str, size: str) -> list[Any]:
-    """Target critic and critic of an Atari agent, apart from one another."""
-    agent = atari_agent(recipe, size)
-    g = torch.Generator().manual_seed(0)
-    critic = [torch.randn(p.shape, generator=g) for p in agent.critic.parameters()]
-    return [list(agent.target_critic.parameters()), critic, 0.02]
 
 
 def outputs_of(results: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
@@ -368,7 +166,6 @@ def in_turns(shapes: dict[str, tuple[int, ...]]) -> Callable[[Callable], Callabl
 
 def measure(
     benchmark: Any,
-    run: Callable,
     key: Key,
     inputs: list[Any],
     rounds: int = 50,
@@ -376,7 +173,7 @@ def measure(
 ) -> None:
     """Compare one implementation with the reference on copies of the inputs, then time it."""
     label, pass_, backend, shape = key
-    name = label.split()[0]
+    name, run = label.split()[0], forward_backward if pass_ == PASSES[1] else forward
     operator = implementation(name, backend, shape)
     benchmark.group = f"{label} {pass_} {shape}"
 
@@ -398,31 +195,30 @@ def measure(
 
 @in_turns(SHAPES)
 def bench_lambda_return(benchmark, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
     key = ("lambda_return", pass_, backend, shape)
-    measure(benchmark, run, key, lambda_return_inputs(shape))
+    measure(benchmark, key, operator_inputs.lambda_return(shape))
 
 
 @in_turns(ROWS)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def bench_norm_act(benchmark, kind, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
     key = (f"norm_act {kind}", pass_, backend, shape)
-    measure(benchmark, run, key, norm_act_inputs(kind, shape), 10, tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.norm_act(kind, shape), 10, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(CONVOLUTIONS)
 def bench_conv_norm_act(benchmark, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
     key = ("conv_norm_act", pass_, backend, shape)
-    measure(benchmark, run, key, conv_norm_act_inputs(shape), 10, tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.conv_norm_act(shape), 10, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(FEATURES)
 def bench_latent_linear(benchmark, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
-    key, inputs = ("latent_linear", pass_, backend, shape), latent_linear_inputs(shape)
-    measure(benchmark, run, key, inputs, 5, tolerance=SUM_TOLERANCE)
+    key, inputs = (
+        ("latent_linear", pass_, backend, shape),
+        operator_inputs.latent_linear(shape),
+    )
+    measure(benchmark, key, inputs, 5, tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -430,9 +226,8 @@ def bench_latent_linear(benchmark, backend, pass_, shape, round_):
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("recipe", SCANS)
 def bench_heads(benchmark, recipe, pass_, backend, round_):
-    run = forward if pass_ == "forward" else forward_backward
     key = (f"heads {recipe}-{SCANS[recipe]}", pass_, backend, (IMAGINED,))
-    measure(benchmark, run, key, heads_inputs(recipe, IMAGINED), 5, tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.heads(recipe, IMAGINED), 5, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(BINS)
@@ -440,31 +235,27 @@ def bench_heads(benchmark, recipe, pass_, backend, round_):
 def bench_twohot(benchmark, name, backend, pass_, shape, round_):
     if name == "twohot_mean" and pass_ != "forward":
         pytest.skip("a run takes means without gradient")
-    run = forward if pass_ == "forward" else forward_backward
-    key, inputs = (name, pass_, backend, shape), twohot_inputs(name, shape)
-    measure(benchmark, run, key, inputs, 10, tolerance=SUM_TOLERANCE)
+    key, inputs = (name, pass_, backend, shape), operator_inputs.twohot(name, shape)
+    measure(benchmark, key, inputs, 10, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(IMAGES)
 def bench_image_loss(benchmark, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
     key = ("image_loss", pass_, backend, shape)
-    measure(benchmark, run, key, image_loss_inputs(shape), 5, tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.image_loss(shape), 5, tolerance=SUM_TOLERANCE)
 
 
 @in_turns(CATEGORICALS)
 @pytest.mark.parametrize("name", ["unimix", "entropy", "kl", "balanced_kl", "sample"])
 def bench_categorical(benchmark, name, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
-    measure(benchmark, run, (name, pass_, backend, shape), categorical_inputs(name, shape))
+    measure(benchmark, (name, pass_, backend, shape), operator_inputs.categorical(name, shape))
 
 
 @in_turns(STEPS)
 @pytest.mark.parametrize("name", ["gru_step", "block_gru_step"])
 def bench_gru_step(benchmark, name, backend, pass_, shape, round_):
-    run = forward if pass_ == "forward" else forward_backward
-    key, inputs = (name, pass_, backend, shape), gru_step_inputs(name, shape)
-    measure(benchmark, run, key, inputs, 10, tolerance=SUM_TOLERANCE)
+    key, inputs = (name, pass_, backend, shape), operator_inputs.gru_step(name, shape)
+    measure(benchmark, key, inputs, 10, tolerance=SUM_TOLERANCE)
 
 
 # The compiler would unroll the loops over steps, for minutes.
@@ -473,8 +264,8 @@ def bench_gru_step(benchmark, name, backend, pass_, shape, round_):
 @pytest.mark.parametrize("recipe", SCANS)
 def bench_rssm_observe(benchmark, recipe, backend, round_):
     key = (f"rssm_observe {recipe}-{SCANS[recipe]}", "forward+backward", backend, (16, 64))
-    inputs = observe_inputs(recipe, 16, 64)
-    measure(benchmark, forward_backward, key, inputs, 3, tolerance=SUM_TOLERANCE)
+    inputs = operator_inputs.observe(recipe, 16, 64)
+    measure(benchmark, key, inputs, 3, tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", SCAN_BACKENDS)
@@ -482,8 +273,8 @@ def bench_rssm_observe(benchmark, recipe, backend, round_):
 @pytest.mark.parametrize("recipe", SCANS)
 def bench_rssm_imagine(benchmark, recipe, backend, round_):
     key = (f"rssm_imagine {recipe}-{SCANS[recipe]}", "forward", backend, (1024, 15))
-    inputs = imagine_inputs(recipe, 1024, 15)
-    measure(benchmark, forward, key, inputs, 3, tolerance=SUM_TOLERANCE)
+    inputs = operator_inputs.imagine(recipe, 1024, 15)
+    measure(benchmark, key, inputs, 3, tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -492,22 +283,22 @@ def bench_rssm_imagine(benchmark, recipe, backend, round_):
 @pytest.mark.parametrize("recipe", SCANS)
 def bench_policy_step(benchmark, recipe, rows, backend, round_):
     key = (f"policy_step {recipe}-{SCANS[recipe]}", "forward", backend, (rows,))
-    measure(benchmark, forward, key, policy_step_inputs(recipe, rows), tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.policy_step(recipe, rows), tolerance=SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("round_", ROUNDS)
 @pytest.mark.parametrize("name", STEPPED)
 def bench_step(benchmark, name, backend, round_):
-    inputs = step_inputs(name, STEPPED[name])
+    inputs = operator_inputs.step(name, STEPPED[name])
     key = (name, "step", backend, (sum(x.numel() for x in inputs[0]),))
-    measure(benchmark, forward, key, inputs, rounds=5, tolerance=STEP_TOLERANCE[name])
+    measure(benchmark, key, inputs, rounds=5, tolerance=STEP_TOLERANCE[name])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("round_", ROUNDS)
 @pytest.mark.parametrize("recipe", TARGETS)
 def bench_ema(benchmark, recipe, backend, round_):
-    inputs = ema_inputs(recipe, TARGETS[recipe])
+    inputs = operator_inputs.ema(recipe, TARGETS[recipe])
     key = ("ema", "step", backend, (sum(x.numel() for x in inputs[0]),))
-    measure(benchmark, forward, key, inputs, rounds=20)
+    measure(benchmark, key, inputs, rounds=20)

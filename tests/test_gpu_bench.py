@@ -181,7 +181,8 @@ class TestItems:
 
     def test_operator_cases_name_operators_that_exist(self):
         cases = list(gpu_items.cases("cpu"))
-        assert {case.name for case in cases} == set(gpu_items.operators.REFERENCE.served_by)
+        served = set(gpu_items.operators.REFERENCE.served_by)
+        assert {case.name for case in cases} == served - {"gumbel"}  # which draws its own numbers
         smallest = cases[0]
         assert smallest.bytes == 4 * (3 * 1024 * 15 + 1 + 1024 * 15)
         gru = next(case for case in cases if case.name == "gru_step")
