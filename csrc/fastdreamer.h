@@ -347,7 +347,7 @@ typedef struct fd_conv_grad {
 
 FD_API int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad);
 
-/* The same without a norm (scale, shift and z null), for many channels: by minimal filtering
+/* The same without a norm (scale, shift and z are not read), for many channels: by minimal filtering
  * (Winograd), which takes 2.6 to 4 times fewer products and rounds more. input is FD_FLOAT32, index
  * uint8 (N, H', W', O). Backward, dbias, dscale and dshift are not written. */
 FD_API int32_t fd_winograd(const fd_conv* conv);

@@ -74,13 +74,10 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether it is a GPU from Ampere on, or a CPU with AMX."""
+    """Whether it is a GPU from Ampere on, or a CPU whose library uses AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        return library.isa() == "amx"
-    except RuntimeError:  # no library: the backend says so, or does without it
-        return False
+    return library.has_amx()
 
 
 def _missing_compiler(device: torch.device) -> str:

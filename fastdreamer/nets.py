@@ -332,7 +332,8 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
-        self.recipe = recipe
+        self.squashes = recipe.conv == "pool"
+        """Images end in a sigmoid."""
         if self.images:
             self.channels = [obs_space[k].shape[2] for k in self.images]
             size = obs_space[self.images[0]].shape[:2]
@@ -359,12 +360,12 @@ class Decoder(nn.Module):
             self.heads = nn.ModuleDict(heads)
 
     def forward(self, deter: Tensor, stoch: Tensor, raw: bool = False) -> dict[str, Tensor]:
-        """Args: deter (..., D), stoch (..., S K). raw: images before the sigmoid of "pool"."""
+        """Args: deter (..., D), stoch (..., S K). raw: images before a sigmoid."""
         recon: dict[str, Tensor] = {}
         if self.images:
             x = self.stem(deter, stoch).flatten(0, -4)
             x = full(self.cnn(x.permute(0, 2, 3, 1)))
-            if self.recipe.conv == "pool" and not raw:
+            if self.squashes and not raw:
                 x = torch.sigmoid(x)
             parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
             recon.update(zip(self.images, parts, strict=True))

@@ -110,11 +110,11 @@ class Objective:
 
     def reconstruction_losses(self, recon: Metrics, obs: Batch) -> dict[str, Tensor]:
         """Of what the decoder gives before a sigmoid, (B, T) by key."""
-        recipe, images = self.recipe, self.agent.world_model.decoder.images
-        options = (recipe.image_shift, recipe.conv == "pool")
+        recipe, decoder = self.recipe, self.agent.world_model.decoder
+        options = (recipe.image_shift, decoder.squashes)
         return {
             k: self.ops.image_loss(x, obs[k], *options)
-            if k in images
+            if k in decoder.images
             else reconstruction_loss(x, obs[k], recipe)
             for k, x in recon.items()
         }

@@ -15,13 +15,15 @@ from torch import Tensor
 from . import library
 from .conv_taps import GRADIENT, backward_weight, forward_weight, weight_gradient
 from .convolution import (
+    BWD_SIGNATURE,
+    FWD_SIGNATURE,
     KINDS,
-    LARGEST,
     CConv,
     CConvGrad,
     channels_first,
     check_shapes,
     convolution,
+    library_takes,
     output_shape,
 )
 from .norm_act import norm_act
@@ -130,10 +132,10 @@ def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) 
     where tiles hang over the border, and up to 2 with a few dozen tiles.
     """
     dtypes = {p.dtype for p in (weight, *vectors) if p is not None}
-    if dtypes != {torch.float32} or len(x) < BLOCK:
+    if dtypes != {torch.float32} or len(x) < BLOCK or not library_takes(x, weight):
         return "pytorch"
     channels = weight.shape[:2].numel()
-    if FEW_CHANNELS <= channels <= LARGEST and _fits_winograd(x, kind):
+    if channels >= FEW_CHANNELS and _fits_winograd(x, kind):
         return "winograd"
     types = (torch.uint8, torch.float32, torch.bfloat16)
     return "conv_norm_act" if channels <= FEW_CHANNELS and x.dtype in types else "pytorch"
@@ -181,10 +183,6 @@ def _by_parity(weight: Tensor, dim: int) -> Tensor:
     """Five taps along an axis -> (2, 3, the other axes): of even and of odd positions."""
     a, b, c, d, e = weight.unbind(dim)
     return torch.stack([torch.stack([a + b, c + d, e]), torch.stack([a, b + c, d + e])])
-
-
-FWD_SIGNATURE = (ctypes.POINTER(CConv),)
-BWD_SIGNATURE = (ctypes.POINTER(CConv), ctypes.POINTER(CConvGrad))
 
 
 def _check(
@@ -352,7 +350,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # no zeros in the size of what is kept
 
 
-def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
     wants_dx = ctx.needs_input_grad[0]
     dx, dweight, dbias, dscale, dshift = torch.ops.fastdreamer.conv_norm_act_backward(
         dy, *ctx.saved_tensors, *ctx.options, wants_dx

@@ -15,7 +15,6 @@ from torch import Tensor
 from .library import Arguments
 
 KINDS = ("pool", "stride", "upsample", "transpose")  # as in csrc/fastdreamer.h
-LARGEST = 2**24 // 40  # product of C and O that the C++ library takes
 
 
 def channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,6 +71,13 @@ def check_shapes(name: str, x: Tensor, weight: Tensor, kind: str, *vectors: Tens
         )
 
 
+def library_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether channels and images are within the limits of ``fd_conv``."""
+    channels = weight.shape[:2]
+    pixels = 4 * x.shape[1] * x.shape[2]
+    return channels.numel() <= 2**24 // 40 and pixels * max(channels) <= 2**26
+
+
 _POINTER = ctypes.c_void_p
 
 
@@ -92,3 +98,7 @@ class CConvGrad(Arguments):
     _fields_: ClassVar = [
         (k, _POINTER) for k in ("dy", "weight", "dx", "dweight", "dbias", "dscale", "dshift")
     ]
+
+
+FWD_SIGNATURE = (ctypes.POINTER(CConv),)
+BWD_SIGNATURE = (ctypes.POINTER(CConv), ctypes.POINTER(CConvGrad))

@@ -28,7 +28,7 @@ def gumbel_cpp(shape: Sequence[int], generator: torch.Generator, dtype: torch.dt
     """
     if dtype != torch.float32:
         return gumbel(shape, generator, dtype)
-    seed = torch.randint(2**63 - 1, (), generator=generator)
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
     return torch.ops.fastdreamer.gumbel(seed, list(shape))
 
 

@@ -74,7 +74,7 @@ def heads_by_operators(
     """
     _check_feat(feat)
     mixed = torch.is_autocast_enabled(feat.device.type)
-    dense = mixed and (feat.is_cuda or library.isa() == "amx")
+    dense = mixed and (feat.is_cuda or library.has_amx())
     return [_by_operators(feat, None if dense else latents, head, eps) for head in given]
 
 

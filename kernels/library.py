@@ -162,6 +162,15 @@ def isa() -> str:
     return ISAS[_load().fd_isa()]
 
 
+@torch.compiler.assume_constant_result
+def has_amx() -> bool:
+    """Whether the CPU library is there and uses AMX."""
+    try:
+        return isa() == "amx"
+    except RuntimeError:
+        return False
+
+
 def set_isa(name: str) -> None:
     """Use one of ``ISAS``; the fastest that the processor has is the default.
 

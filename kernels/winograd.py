@@ -13,11 +13,16 @@ from torch import Tensor
 
 from . import library
 from .conv_taps import GRADIENT, backward_weight, forward_weight, weight_gradient
-from .convolution import KINDS, CConv, CConvGrad, check_shapes, output_shape
+from .convolution import (
+    BWD_SIGNATURE,
+    FWD_SIGNATURE,
+    KINDS,
+    CConv,
+    CConvGrad,
+    check_shapes,
+    output_shape,
+)
 from .register import register
-
-FWD_SIGNATURE = (ctypes.POINTER(CConv),)
-BWD_SIGNATURE = (ctypes.POINTER(CConv), ctypes.POINTER(CConvGrad))
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -26,7 +31,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tenso
     It equals `convolution`, but takes 2.6 to 4 times fewer products, of weights and pixels that are
     combined before: minimal filtering in tiles of 4x4 outputs for "stride" and "transpose" (2x2
     taps for each parity) and "upsample" (3x3), of 2x2 for "pool" (Lavin and Gray, 2016,
-    https://arxiv.org/abs/1509.09308). Rounding errors are up to ten times those of the sums.
+    https://arxiv.org/abs/1509.09308). Rounding errors are about five times those of the sums.
 
     Args:
         x: (N, H, W, C), H and W even where they are halved.
@@ -107,7 +112,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # no zeros in the size of what is kept
 
 
-def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 4
     wants_dx = ctx.needs_input_grad[0]
     operator = torch.ops.fastdreamer.winograd_backward
     dx, dweight = operator(dy, *ctx.saved_tensors, ctx.kind, wants_dx)

@@ -107,6 +107,20 @@ def test_compiled_losses_equal_eager_ones(served_by, recipe, compiler):
     torch.testing.assert_close(mine.deter, states.deter)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("best", ["avx512", "amx"])
+def test_compiled_losses_in_bfloat16(best, monkeypatch):
+    """One graph each, also where the processor decides what is multiplied."""
+    monkeypatch.setattr(library, "isa", lambda: best)
+    torch._dynamo.reset()
+    eager, compiled = (tiny_learner("2025", resolve("cpp")) for _ in range(2))
+    eager.agent.bf16 = compiled.agent.bf16 = True
+    compile_losses(compiled, "aot_eager")
+    batch, noise = unpack(replayed(eager), eager.agent), eager.draw_noise(B, T)
+    ours, theirs = (flat(gradients(x, batch, noise), "") for x in (compiled, eager))
+    assert distance(ours, theirs) < 2**-7
+
+
 def test_what_is_compiled_exists():
     for recipe in RECIPES:
         learner = tiny_learner(recipe, resolve("reference"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from operator_common import drawn, normal
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdreamer.kernels import heads as heads_module
 from fastdreamer.kernels import library
@@ -121,6 +122,19 @@ def test_layer_by_layer(compiled):
     inputs = make_inputs(SHAPES[0])
     actual, expected = (values_and_gradients(f, inputs) for f in (heads_by_operators, heads))
     torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def test_bfloat16_by_amx_multiplies_latents_too(compiled, operator, monkeypatch):
+    """There products cost less than the rows in their place; by any set the distance is small."""
+    monkeypatch.setattr(library, "isa", lambda: "amx")
+    inputs = make_inputs(SHAPES[0])
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+        actual = operator(*inputs[:-1], EPS)
+    feat, _, given = inputs[:-1]
+    first = sum(head.layers[0].weight.numel() for head in given)
+    assert counter.get_total_flops() >= 2 * len(feat) * first
+    for y, expected in zip(actual, heads(*inputs[:-1], EPS), strict=True):
+        assert (y - expected).norm() <= 2**-5 * expected.norm()
 
 
 def test_more_axes(compiled, operator):

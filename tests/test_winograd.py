@@ -6,6 +6,7 @@ Legend: N images, H rows, W columns, C channels before and O after.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ SHAPES = [  # N, H, W, C, O
     (0, 8, 4, 3, 5),
 ]
 # Errors by the largest value. PyTorch's are below 2e-6 in these shapes; the transforms enlarge what
-# is rounded by up to the squares of the matrices' norms, in practice by five.
+# is rounded by up to the squares of the matrices' norms, in practice by about five.
 TOLERANCE = 2e-5
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -123,13 +124,13 @@ def test_threads_do_not_change_a_bit(cpp, threads, kind):
     for count in (1, 2, 2, 3):
         threads(count)
         y = winograd(*inputs, kind)
-        results.append([y, *gradients(y, inputs)[:2]])
+        results.append([y, *gradients(y, inputs)])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
 @kinds
-def test_gradcheck(kind):
+def test_gradcheck_of_the_reference(kind):
     inputs = make_inputs(kind, (2, 4, 2, 2, 3), torch.float64)
     assert torch.autograd.gradcheck(convolution, (*inputs, kind))
 
@@ -142,6 +143,27 @@ def test_strides(cpp, kind):
     y = winograd(x, weight, bias, kind)
     assert torch.equal(y, winograd(strided, turned, bias, kind))
     assert torch.autograd.grad(y.sum(), weight)[0].isfinite().all()  # dy of stride 0
+
+
+def test_no_gradient_where_the_output_has_none(cpp):
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> None:
+            return None
+
+    x, weight, bias = make_inputs("pool", (16, 4, 4, 5, 6))
+    scale = torch.ones(6, requires_grad=True)
+    operator = torch.ops.fastdreamer.conv_norm_act
+    for y in (
+        winograd(x, weight, bias, "pool"),
+        operator(x, weight, bias, scale, None, "pool", "rms", 0.1)[0],
+    ):
+        wanted = torch.autograd.grad(Undefined.apply(y).sum(), [x, weight], allow_unused=True)
+        assert wanted == (None, None)
 
 
 @kinds

@@ -1,5 +1,5 @@
-// Sizes of a convolution that its boundary and its kernels share. The functions are static: each
-// instruction set keeps its own.
+// Sizes of a convolution that its boundary and its kernels share. The inline functions are static:
+// each instruction set keeps its own.
 #ifndef FASTDREAMER_CPU_CONV_H
 #define FASTDREAMER_CPU_CONV_H
 

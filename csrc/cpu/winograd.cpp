@@ -21,7 +21,7 @@ FD_DECLARE(void winograd_unpack(
 namespace {
 
 constexpr int64_t kTiles = 96;         // that are worth a task
-constexpr int64_t kPartTiles = 1024;   // that are worth sums of their own
+constexpr int64_t kPartTiles = 256;    // that are worth sums of their own
 constexpr int64_t kMaxParts = 32;
 constexpr int64_t kMaxSums = 1 << 24;  // elements of all parts' sums
 

@@ -6,17 +6,8 @@ namespace fastdreamer {
 namespace FD_ISA {
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
-inline Vec load_bytes(const uint8_t* p, int n) {
-  if (n == kLanes) return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec);
-  Vec x{};
-  for (int i = 0; i < n; ++i) x[i] = p[i];
-  return x;
-}
-
 inline Vec load_image(const uint8_t* p, int n, float shift) {
-  return load_bytes(p, n) / 255.0f - shift;
+  return __builtin_convertvector(load_bytes(p, n), Vec) / 255.0f - shift;
 }
 
 template <bool squash>

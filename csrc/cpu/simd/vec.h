@@ -149,6 +149,17 @@ static inline void by_vectors(int64_t n, const Body& body) {
   for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
   if (i < n) body(i, static_cast<int>(n - i));
 }
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes), aligned(1), may_alias));
+static inline IntVec load_bytes(const uint8_t* p, int n) {
+  if (n == kLanes) return __builtin_convertvector(*reinterpret_cast<const ByteVec*>(p), IntVec);
+  IntVec x{};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+static inline void store_bytes(uint8_t* p, IntVec x, int n) {
+  if (n == kLanes) *reinterpret_cast<ByteVec*>(p) = __builtin_convertvector(x, ByteVec);
+  else for (int i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
 static inline Vec load_some(const float* p, int n, float rest = 0) {
   return n == kLanes ? load(p) : load_part(p, n, rest);
 }

@@ -10,19 +10,6 @@ namespace {
 constexpr int64_t kSkew = 16;  // elements between rows and matrices, or they share a cache's set
 constexpr int64_t kLeastBlock = 1 << 17, kMostBlock = 1 << 22;  // elements
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
-IntVec load_bytes(const uint8_t* p, int n) {
-  if (n == kLanes) return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), IntVec);
-  IntVec x{};
-  for (int i = 0; i < n; ++i) x[i] = p[i];
-  return x;
-}
-void store_bytes(uint8_t* p, IntVec x, int n) {
-  if (n == kLanes) *reinterpret_cast<Bytes*>(p) = __builtin_convertvector(x, Bytes);
-  else for (int i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(x[i]);
-}
-
 // The first output of a tile.
 struct Corner {
   int64_t image, y, x;
