@@ -25,6 +25,7 @@ from bench.results import record
 from fastdreamer import kernels
 
 torch.compiler.config.force_disable_caches = True  # or the first call would not show compiling
+torch._dynamo.config.recompile_limit = 64  # one function for all shapes of an operator
 
 BACKENDS = ("reference", "compile(reference)", "cpp")
 ROUNDS = range(5)
