@@ -52,8 +52,7 @@ def operators(every: bool = False) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for operator, shapes in latest.items():
-        none = {"median_s": 0.0}  # of a shape of which only other backends were timed
-        slowest = max(shapes, key=lambda key: shapes[key].get("reference", none)["median_s"])
+        slowest = max(shapes, key=lambda key: _rank(shapes[key]))
         for pass_, shape in shapes if every else [slowest]:
             by = shapes[pass_, shape]
             lines.append(f"| `{operator}` | {pass_} | {_timing(shape, by)} |")
@@ -85,18 +84,24 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
 
 
+def _rank(by: dict[str, dict[str, Any]]) -> tuple[bool, float]:
+    """Of a shape among those of an operator: both were timed; seconds of the reference."""
+    return {"reference", "cpp"} <= by.keys(), by.get("reference", {"median_s": 0.0})["median_s"]
+
+
 def updates() -> str:
     """The latest timing of each workload's updates, and of the rival in the same run."""
     path = RESULTS / "updates.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    latest = {(row["workload"], row["device"], row["backend"]): row for row in rows}
+    keys = ("workload", "device", "backend", "threads")
+    latest = {tuple(row[key] for key in keys): row for row in rows}
     if not latest:
         return ""
     lines = [
         "| update | device | ours | fastest rival | ratio | times the floor |",
         "|---|---|---|---|---|---|",
     ]
-    for (workload, device, _), row in latest.items():
+    for (workload, device, *_), row in latest.items():
         lines.append(
             f"| {workload} | {device}, {row['threads']} thread(s) | {_seconds(row)} | "
             f"{_fastest_rival(row)} | {row['floor_multiple']:.1f} |"

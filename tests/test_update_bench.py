@@ -161,7 +161,12 @@ def test_a_limited_instruction_set_is_part_of_the_record(monkeypatch) -> None:
 def test_the_table_takes_operators_timed_without_the_reference(monkeypatch) -> None:
     row = {"operator": "ema", "pass": "step", "backend": "cpp", "shape": [7], "median_s": 2e-3}
     other = row | {"backend": "reference", "shape": [3], "median_s": 5e-3}
-    for rows, expected in (([row], "| 7 | - | - | 2 ms | - |"), ([row, other], "| 3 | 5 ms | - |")):
+    both = row | {"shape": [2]}, other | {"shape": [2], "median_s": 4e-3}
+    for rows, expected in (
+        ([row], "| 7 | - | - | 2 ms | - |"),
+        ([row, other], "| 3 | 5 ms | - |"),
+        ([row, other, *both], "| 2 | 4 ms | - | 2 ms | 2.0 x |"),
+    ):
         monkeypatch.setattr(table, "timings", lambda rows=rows: rows)
         assert f"| `ema` | step {expected}" in table.operators()
 
