@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import conv_common
 import pytest
 import torch
+from conv_common import gradients
 from torch import Tensor
 
 from fastdreamer.kernels import conv_norm_act as conv_norm_act_module
@@ -47,20 +49,7 @@ def make_inputs(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """x, weight and bias, with gradient."""
-    n, height, width, c, o = shape
-    g = torch.Generator().manual_seed(0)
-    k = 5 if kind in ("pool", "upsample") else 4
-    channels = (c, o) if kind == "transpose" else (o, c)
-    x = torch.randn(n, height, width, c, generator=g, dtype=dtype)
-    weight = torch.randn(*channels, k, k, generator=g, dtype=dtype) / (c * k * k) ** 0.5
-    bias = torch.randn(o, generator=g, dtype=dtype)
-    return [p.requires_grad_() for p in (x, weight, bias)]
-
-
-def gradients(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, inputs, dy)
+    return conv_common.make_inputs(kind, None, shape, dtype)[:3]
 
 
 def close(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-// Checks, then images on several threads; the formulas are in simd/image_loss.cpp.
+// An image is a row; the formulas are in simd/image_loss.cpp.
 #include "isa.h"
 #include "parallel.h"
 #include "tensor.h"
@@ -10,23 +10,6 @@ FD_DECLARE(void image_loss_rows(
 FD_DECLARE(void image_loss_rows_backward(
     const float*, const float*, const uint8_t*, float*, int64_t, int64_t, int64_t, float, bool))
 
-namespace {
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread
-
-template <typename Body>
-int32_t over_images(
-    std::initializer_list<const void*> pointers, int64_t N, int64_t K, int32_t dtype,
-    const Body& body) {
-  if (N < 0 || K < 1) return FD_ERROR_SIZE;
-  if (dtype != FD_FLOAT32) return FD_ERROR_DTYPE;
-  if (N == 0) return FD_OK;
-  if (any_null(pointers)) return FD_ERROR_NULL_POINTER;
-  parallel_ranges(N, (kGrain + K - 1) / K, body);
-  return FD_OK;
-}
-
-}  // namespace
 }  // namespace fastdreamer
 
 using namespace fastdreamer;
@@ -34,7 +17,7 @@ using namespace fastdreamer;
 int32_t fd_image_loss(
     const float* x, const uint8_t* target, float* loss, int64_t N, int64_t K, float shift,
     int32_t squash, int32_t dtype, void*) {
-  return over_images({x, target, loss}, N, K, dtype, [&](int64_t begin, int64_t end) {
+  return by_row_ranges({x, target, loss}, N, K, dtype, [&](int64_t begin, int64_t end) {
     FD_DISPATCH(image_loss_rows(x, target, loss, begin, end, K, shift, squash != 0))
   });
 }
@@ -42,7 +25,7 @@ int32_t fd_image_loss(
 int32_t fd_image_loss_backward(
     const float* dloss, const float* x, const uint8_t* target, float* dx, int64_t N, int64_t K,
     float shift, int32_t squash, int32_t dtype, void*) {
-  return over_images({dloss, x, target, dx}, N, K, dtype, [&](int64_t begin, int64_t end) {
+  return by_row_ranges({dloss, x, target, dx}, N, K, dtype, [&](int64_t begin, int64_t end) {
     FD_DISPATCH(image_loss_rows_backward(dloss, x, target, dx, begin, end, K, shift, squash != 0))
   });
 }

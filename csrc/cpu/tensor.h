@@ -2,7 +2,10 @@
 #ifndef FASTDREAMER_CPU_TENSOR_H
 #define FASTDREAMER_CPU_TENSOR_H
 
+#include <initializer_list>
+
 #include "check.h"
+#include "parallel.h"
 
 namespace fastdreamer {
 
@@ -35,6 +38,21 @@ int32_t with_float_type(int32_t dtype, Body body) {
     case FD_FLOAT64: return body(double{});
     default: return FD_ERROR_DTYPE;
   }
+}
+
+// Checks what operators over N float32 rows of K elements have in common, then calls
+// body(begin, end) for ranges of rows.
+template <typename Body>
+int32_t by_row_ranges(
+    std::initializer_list<const void*> pointers, int64_t N, int64_t K, int32_t dtype,
+    const Body& body) {
+  constexpr int64_t kGrain = 16384;  // elements that are worth a thread of their own
+  if (N < 0 || K < 1 || K > INT32_MAX) return FD_ERROR_SIZE;
+  if (dtype != FD_FLOAT32) return FD_ERROR_DTYPE;
+  if (N == 0) return FD_OK;
+  if (any_null(pointers)) return FD_ERROR_NULL_POINTER;
+  parallel_ranges(N, (kGrain + K - 1) / K, body);
+  return FD_OK;
 }
 
 }  // namespace fastdreamer

@@ -19,25 +19,6 @@ FD_DECLARE(void sample_rows(const float*, const float*, float*, int64_t, int64_t
 FD_DECLARE(void sample_rows_backward(
     const float*, const float*, float*, int64_t, int64_t, int64_t))
 
-namespace {
-
-// Elements that are worth a thread of their own.
-constexpr int64_t kGrain = 16384;
-
-// Checks what all operators here have in common, then calls body(begin, end) for ranges of rows.
-template <typename Body>
-int32_t by_row_ranges(
-    std::initializer_list<const void*> pointers, int64_t N, int64_t K, int32_t dtype,
-    const Body& body) {
-  if (N < 0 || K < 1 || K > INT32_MAX) return FD_ERROR_SIZE;
-  if (dtype != FD_FLOAT32) return FD_ERROR_DTYPE;
-  if (N == 0) return FD_OK;
-  if (any_null(pointers)) return FD_ERROR_NULL_POINTER;
-  parallel_ranges(N, (kGrain + K - 1) / K, body);
-  return FD_OK;
-}
-
-}  // namespace
 }  // namespace fastdreamer
 
 using namespace fastdreamer;
