@@ -53,8 +53,8 @@ class Options:
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Our kernels."""
     rivals: str = ""
-    """Names with commas: sheeprl, torchrl; or "installed": those that are and that have the
-    recipe."""
+    """Names with commas: sheeprl, torchrl; or "installed": all that are. Those without a learner of
+    the workload are left out."""
     compile: bool = True
     """Also try the rivals' settings with torch.compile, which compiles for minutes on a CPU."""
     rounds: int = 5
@@ -176,19 +176,25 @@ def check(options: Options) -> Workload:
 
 
 def chosen(options: Options, workload: Workload) -> list[str]:
-    """Names of the rivals to time.
+    """Names of the rivals to time; one without a learner of this workload is left out, and said.
 
     Raises:
-        UsageError: one is unknown, is not installed, or has nothing like this workload.
+        UsageError: one is unknown or not installed, or none has such a learner.
     """
     if options.rivals == "installed":
         return [n for n in rivals.installed() if rivals.load(n).supports(workload)]
-    names = [name for name in dict.fromkeys(options.rivals.split(",")) if name]
-    for name in names:
-        if not rivals.load(name).supports(workload):
-            raise UsageError(f"--rivals: {name} has no learner of {workload.name}")
+    asked = {name for name in options.rivals.split(",") if name}
+    able = {name for name in asked if rivals.load(name).supports(workload)}
+    others = " and ".join(sorted(asked - able))
+    if others and not able:
+        raise UsageError(f"--rivals: no learner of {workload.name} in {others}")
     # After TorchRL has registered its schemas with Hydra, sheeprl's configuration fails.
-    return [name for name in rivals.NAMES if name in names]
+    names = [name for name in rivals.NAMES if name in able]
+    for name in names:
+        rivals.require(name)
+    if others:
+        print(f"left out, having no learner of {workload.name}: {others}", flush=True)
+    return names
 
 
 def own_settings(workload: Workload, ops: Ops) -> rivals.Makers:

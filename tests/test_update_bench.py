@@ -45,6 +45,7 @@ def sleeper(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     rival = SimpleNamespace(supports=lambda _: True, updates=lambda *_: makers)
     monkeypatch.setattr(rivals, "load", lambda _: rival)
+    monkeypatch.setattr(rivals, "installed", lambda: list(rivals.NAMES))
     monkeypatch.setattr(rivals, "installed_version", lambda _: "1.0")
 
 
@@ -58,8 +59,11 @@ class TestOptions:
             (["--threads", "-1"], "--threads must be at least 0"),
             (["--json", "result.txt"], "must end in .json or .jsonl"),
             (["--rivals", "sheeprl,dreamer"], "unknown 'dreamer', valid are sheeprl, torchrl"),
-            (["--rivals", "torchrl"], "torchrl has no learner of 2023 s image"),
-            (["--rivals", "sheeprl", "--size", "debug"], "sheeprl has no learner of 2023 debug"),
+            (["--rivals", "torchrl"], "no learner of 2023 s image in torchrl"),
+            (
+                ["--rivals", "sheeprl", "--size", "debug"],
+                "no learner of 2023 debug image in sheeprl",
+            ),
             (["--recipe", "2024"], "2024"),
             (["--rounnds", "2"], "did you mean --rounds"),
         ],
@@ -85,6 +89,17 @@ class TestOptions:
         both = Workload("2025", "1m", "vector")
         assert update.chosen(chosen, both) == ["sheeprl", "torchrl"]
         assert update.chosen(options("--rivals", "torchrl,sheeprl"), both) == ["sheeprl", "torchrl"]
+
+    def test_a_rival_without_such_a_learner_is_left_out_installed_or_not(
+        self, monkeypatch, capsys
+    ) -> None:
+        monkeypatch.setattr(rivals, "installed", lambda: ["sheeprl"])
+        chosen = update.chosen(
+            options("--rivals", "sheeprl,torchrl"), Workload("2023", "s", "image")
+        )
+        assert chosen == ["sheeprl"]
+        said = capsys.readouterr().out
+        assert said == "left out, having no learner of 2023 s image: torchrl\n"
 
 
 class TestGate:

@@ -41,18 +41,26 @@ def installed() -> list[str]:
 
 
 def load(name: str) -> Rival:
-    """A rival's module.
+    """A rival's module, which can be read without the rival's packages.
 
     Raises:
-        UsageError: the name is unknown, or its packages are not installed.
+        UsageError: the name is unknown.
     """
     if name not in NAMES:
         raise UsageError(f"--rivals: unknown {name!r}, valid are {', '.join(NAMES)}, installed")
     module: Any = importlib.import_module(f"bench.rivals.{name}")
-    if name not in installed():
-        packages = " ".join(f"'{package}'" for package in module.PACKAGES)
-        raise UsageError(f"--rivals: {name} is not installed: pip install {packages}")
     return module
+
+
+def require(name: str) -> None:
+    """Refuse a rival whose packages are missing.
+
+    Raises:
+        UsageError: with the command that installs them.
+    """
+    if name not in installed():
+        packages = " ".join(f"'{package}'" for package in load(name).PACKAGES)
+        raise UsageError(f"--rivals: {name} is not installed: pip install {packages}")
 
 
 def installed_version(name: str) -> str:
