@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import library
 from .latent_linear import FEWEST_CLASSES, Latents, compiled_latent_linear
 from .library import Arguments
-from .register import register
+from .register import compute_type, register
 from .rssm_weights import MAX_LAYERS, CLayer, Layer, c_layer, layer_shapes
 from .twohot import bins, symexp, twohot_mean
 
@@ -73,9 +73,10 @@ def heads_by_operators(
     In bfloat16 on a GPU, or by AMX, the product costs less than the rows that would replace it.
     """
     _check_feat(feat)
-    mixed = torch.is_autocast_enabled(feat.device.type)
-    dense = mixed and (feat.is_cuda or library.has_amx())
-    return [_by_operators(feat, None if dense else latents, head, eps) for head in given]
+    compute = compute_type(feat.device.type)
+    dense = compute == torch.bfloat16 and (feat.is_cuda or library.has_amx())
+    x, rows = (feat.to(compute), None) if dense else (feat, latents)
+    return [_by_operators(x, rows, head, eps) for head in given]
 
 
 def _by_operators(feat: Tensor, latents: Latents | None, head: Head, eps: float) -> Tensor:
@@ -90,7 +91,7 @@ def _by_operators(feat: Tensor, latents: Latents | None, head: Head, eps: float)
             if scale is not None:
                 kind = "rms" if shift is None else "layer"
                 x = operators.norm_act(x, scale, shift, kind, eps)
-        x = x.to(feat.dtype)  # what mixed precision left in bfloat16
+        x = x.to(weight.dtype)  # what mixed precision left in bfloat16
         return x if head.layout is None else operators.twohot_mean(x, head.layout)
 
 
@@ -100,21 +101,33 @@ keeps them. Beyond, heads with gradient are also faster layer by layer."""
 
 
 def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
-    """`heads` by the C++ library for float32; other types, and mixed precision, by operators.
+    """`heads` by the C++ library for float32; other types by operators.
 
+    In mixed precision heads with gradient go by operators; without one only where there is AMX:
+    products by vdpbf16ps are slower than the library's in float32.
     Raises RuntimeError where a class is out of range.
     """
+    mixed = torch.is_autocast_enabled("cpu")
     fits = len(given) <= MAX_FEATURE_HEADS and all(len(h.layers) <= MAX_LAYERS for h in given)
-    if feat.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not fits:
+    if feat.dtype != torch.float32 or not fits or (mixed and library.has_amx()):
         return heads_by_operators(feat, latents, given, eps)
     _check_feat(feat)
-    if sum(head.layers[0].weight.numel() for head in given) <= SHARED_WEIGHTS:
+    shared = sum(head.layers[0].weight.numel() for head in given) <= SHARED_WEIGHTS
+    if shared and not mixed:
         return _by_library(feat, latents, given, eps)
-    alone = []
-    for head in given:
-        operator = heads_by_operators if head.trained else _by_library
-        alone += operator(feat, latents, [head], eps)
-    return alone
+    trained = [i for i, head in enumerate(given) if head.trained]
+    others = [i for i, head in enumerate(given) if not head.trained]
+    groups = [others] if shared and others else [[i] for i in others]
+    said = dict(
+        zip(
+            trained,
+            heads_by_operators(feat, latents, [given[i] for i in trained], eps),
+            strict=True,
+        )
+    )
+    for group in groups:
+        said |= zip(group, _by_library(feat, latents, [given[i] for i in group], eps), strict=True)
+    return [said[i] for i in range(len(given))]
 
 
 def _by_library(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:

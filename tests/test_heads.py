@@ -137,6 +137,26 @@ def test_bfloat16_by_amx_multiplies_latents_too(compiled, operator, monkeypatch)
         assert (y - expected).norm() <= 2**-5 * expected.norm()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_mixed_precision(cpp, monkeypatch, shared):
+    """Without AMX heads without gradient stay float32; each stays where it was among the others."""
+    monkeypatch.setattr(library, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(heads_module, "SHARED_WEIGHTS", 2**18 if shared else 0)
+    feat, latents, given, weights = make_inputs(SHAPES[0])
+    inputs = feat, latents, given[::-1], weights
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = heads_cpp(*inputs[:-1], EPS)
+    expected = heads_cpp(*inputs[:-1], EPS)
+    for head, y, exact in zip(inputs[2], actual, expected, strict=True):
+        assert y.dtype == torch.float32
+        assert head.trained or torch.equal(y, exact)
+        assert (y - exact).norm() <= 2**-5 * exact.norm()
+        if head.trained:
+            wanted = [w for layer in head.layers for w in layer if w is not None]
+            grads = [torch.autograd.grad(v.sum(), wanted) for v in (y, exact)]
+            assert all((g - e).norm() <= 2**-4 * e.norm() for g, e in zip(*grads, strict=True))
+
+
 def test_more_axes(compiled, operator):
     feat, latents, given, _ = make_inputs(SHAPES[1])
     shaped = latents._replace(drawn=latents.drawn.unflatten(0, (13, 10)))
@@ -164,7 +184,9 @@ def test_repeats_with_any_number_of_threads(compiled, operator, threads):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-def test_compiles_to_one_graph(compiled, operator):
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiles_to_one_graph(compiled, operator, monkeypatch, shared):
+    monkeypatch.setattr(heads_module, "SHARED_WEIGHTS", 2**18 if shared else 0)
     feat, latents, given, weights = make_inputs(SHAPES[0])
 
     def run(feat: Tensor, *_: Tensor) -> list[Tensor]:
