@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 7
+#define FD_ABI_VERSION 8
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -312,7 +312,9 @@ enum fd_conv_kind {
  * 2^24 for H W C, H W O and 2^24 / 40 for C O: the kernels hold sixteen images at once. */
 typedef struct fd_conv {
   int32_t kind;    /* fd_conv_kind */
-  int32_t input;   /* FD_FLOAT32, or FD_UINT8: pixels taken as x / 255 - 0.5 */
+  int32_t input;   /* of x and its gradient: FD_FLOAT32, FD_BFLOAT16, or FD_UINT8: pixels taken as
+                    * x / 255 - 0.5, without a gradient */
+  int32_t output;  /* of y and its gradient: FD_FLOAT32 or FD_BFLOAT16 */
   int32_t centred; /* LayerNorm */
   float eps;
   int64_t N, H, W, C, O;
@@ -322,7 +324,7 @@ typedef struct fd_conv {
   const float* bias;   /* (O,) or null */
   const float* scale;  /* (O,) or null */
   const float* shift;  /* (O,) or null */
-  float* y;            /* (N, H', W', O) */
+  void* y;             /* (N, H', W', O) */
   float* z;            /* (N' / 16, H', W', O, 16) before the norm, kept; or null without one */
   void* index;         /* which of its 2x2 each maximum was, POOL only: int32 (N' / 16, H', W', O / 16
                         * rounded up, 16), two bits for each of 16 channels */
@@ -336,9 +338,9 @@ FD_API int32_t fd_conv_norm_act(const fd_conv* conv);
  * (6, 6, O, C), TRANSPOSE (4, 4, O, C). dweight is laid out like that for the kinds that enlarge,
  * like conv.weight for the others. */
 typedef struct fd_conv_grad {
-  const float* dy;
+  const void* dy;
   const float* weight; /* may be null where dx is */
-  float* dx;           /* (N, H, W, C), or null: not wanted */
+  void* dx;            /* (N, H, W, C), or null: not wanted */
   float* dweight;
   float* dbias;  /* (O,), as the next two; zeros without a norm */
   float* dscale;
@@ -348,7 +350,7 @@ typedef struct fd_conv_grad {
 FD_API int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad);
 
 /* The same without a norm (scale, shift and z are not read), for many channels: by minimal filtering
- * (Winograd), which takes 2.6 to 4 times fewer products and rounds more. input is FD_FLOAT32, index
+ * (Winograd), which takes 2.6 to 4 times fewer products and rounds more. All FD_FLOAT32, index
  * uint8 (N, H', W', O). Backward, dbias, dscale and dshift are not written. */
 FD_API int32_t fd_winograd(const fd_conv* conv);
 FD_API int32_t fd_winograd_backward(const fd_conv* conv, const fd_conv_grad* grad);

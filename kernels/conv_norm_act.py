@@ -33,6 +33,7 @@ from .winograd import winograd
 BLOCK = 16  # images that the C++ library computes side by side, as there
 FEW_CHANNELS = 1024  # product of C and O
 LEAST_TILES = 128
+TYPES = library.COMPUTE_DTYPES | {torch.uint8: 3}  # of images, as in csrc/fastdreamer.h
 
 
 def conv_norm_act(
@@ -69,7 +70,8 @@ def conv_norm_act(
         ValueError: an unknown kind or shapes that do not fit.
 
     This is the plain PyTorch form of ``torch.ops.fastdreamer.conv_norm_act``, and takes any
-    floating dtype and device; the operator takes float32.
+    floating dtype and device; the operator computes in float32, and takes x, and gives y, in
+    bfloat16 too.
     """
     _check_shapes(x, weight, bias, scale, shift, kind)
     y = convolution(x, weight, bias, kind)
@@ -91,7 +93,9 @@ def conv_norm_act_cpp(
     way = _fastest_way(x, weight, kind, bias, scale, shift)
     if way == "conv_norm_act":
         operator = torch.ops.fastdreamer.conv_norm_act
-        return operator(x, weight, bias, scale, shift, kind, norm, eps)[0]
+        dtype = torch.float32 if scale is None else compute_type(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the weights
+            return operator(x, weight, bias, scale, shift, kind, norm, eps, dtype)[0]
     if way == "winograd":
         return _norm_act(winograd(x, weight, bias, kind), scale, shift, norm, eps)
     return conv_then_norm_act(x, weight, bias, scale, shift, kind, norm, eps)
@@ -137,8 +141,7 @@ def _fastest_way(x: Tensor, weight: Tensor, kind: str, *vectors: Tensor | None) 
     channels = weight.shape[:2].numel()
     if channels >= FEW_CHANNELS and _fits_winograd(x, kind):
         return "winograd"
-    types = (torch.uint8, torch.float32, torch.bfloat16)
-    return "conv_norm_act" if channels <= FEW_CHANNELS and x.dtype in types else "pytorch"
+    return "conv_norm_act" if channels <= FEW_CHANNELS and x.dtype in TYPES else "pytorch"
 
 
 def _fits_winograd(x: Tensor, kind: str) -> bool:
@@ -197,9 +200,9 @@ def _check(
     _check_shapes(x, weight, bias, scale, shift, kind)
     tensors = [p for p in (weight, bias, scale, shift) if p is not None]
     dtypes = [p.dtype for p in (x, *tensors)]
-    if dtypes[0] not in (torch.float32, torch.uint8) or set(dtypes[1:]) != {torch.float32}:
+    if dtypes[0] not in TYPES or set(dtypes[1:]) != {torch.float32}:
         got = ", ".join(map(str, dtypes))
-        raise TypeError(f"conv_norm_act: all float32, or x uint8, got {got}")
+        raise TypeError(f"conv_norm_act: all float32, or x bfloat16 or uint8, got {got}")
     if devices := {p.device for p in tensors} - {x.device}:
         raise ValueError(f"conv_norm_act: inputs on {x.device} and {devices.pop()}")
     if norm not in ("layer", "rms") or (norm == "rms" and shift is not None):
@@ -215,14 +218,15 @@ def _fake(
     kind: str,
     norm: str,
     eps: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; its value before the norm and which pixels were the maxima, in blocks."""
+    """y of ``dtype``; its value before the norm and which pixels were the maxima, in blocks."""
     _check(x, weight, bias, scale, shift, kind, norm)
     shape = output_shape(x, weight, kind)
     z, words = _kept_shapes(shape)
     kept = weight.new_empty(0 if scale is None else z)
     index = weight.new_empty(words if kind == "pool" else 0, dtype=torch.int32)
-    return weight.new_empty(shape), kept, index
+    return weight.new_empty(shape, dtype=dtype), kept, index
 
 
 def _kept_shapes(shape: torch.Size) -> tuple[torch.Size, torch.Size]:
@@ -236,6 +240,7 @@ def _kept_shapes(shape: torch.Size) -> tuple[torch.Size, torch.Size]:
 def _c_conv(
     x: Tensor,
     outputs: int,
+    output: torch.dtype,
     scale: Tensor | None,
     shift: Tensor | None,
     options: tuple[str, str, float],
@@ -245,7 +250,8 @@ def _c_conv(
     n, height, width, channels = x.shape
     return CConv.of(
         kind=KINDS.index(kind),
-        input=3 if x.dtype == torch.uint8 else 0,
+        input=TYPES[x.dtype],
+        output=TYPES[output],
         centred=norm == "layer",
         eps=eps,
         N=n,
@@ -269,12 +275,13 @@ def _cpu(
     kind: str,
     norm: str,
     eps: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, z, index = outputs = _fake(x, weight, bias, scale, shift, kind, norm, eps)
+    y, z, index = outputs = _fake(x, weight, bias, scale, shift, kind, norm, eps, dtype)
     x, taps = x.contiguous(), forward_weight(weight, kind)
     bias, scale, shift = (None if p is None else p.contiguous() for p in (bias, scale, shift))
     tensors = {"weight": taps, "bias": bias, "y": y, "z": z, "index": index}
-    conv = _c_conv(x, y.shape[3], scale, shift, (kind, norm, eps), **tensors)
+    conv = _c_conv(x, y.shape[3], dtype, scale, shift, (kind, norm, eps), **tensors)
     library.function("fd_conv_norm_act", FWD_SIGNATURE)(ctypes.byref(conv))
     return outputs
 
@@ -295,15 +302,16 @@ def _fake_backward(
     """Gradients of x (empty if not wanted), weight, bias, scale and shift (zeros without them)."""
     _check(x, weight, None, scale, shift, kind, norm)
     shape = output_shape(x, weight, kind)
-    if dy.shape != shape or dy.dtype != torch.float32:
-        raise ValueError(f"conv_norm_act: dy {tuple(dy.shape)} {dy.dtype}, y {shape} float32")
+    if dy.shape != shape or dy.dtype not in library.COMPUTE_DTYPES:
+        got = f"{tuple(dy.shape)} {dy.dtype}"
+        raise ValueError(f"conv_norm_act: dy {got}, y {tuple(shape)} float32 or bfloat16")
     kept, words = _kept_shapes(shape)
     if z.numel() != kept.numel() * (scale is not None) or (
         index.numel() != words.numel() * (kind == "pool")
     ):
         raise ValueError("conv_norm_act: z and index must be those of the forward pass")
-    dx = dy.new_empty(x.shape if wants_dx else 0)
-    return dx, dy.new_empty(weight.shape), *(dy.new_empty(shape[3]) for _ in range(3))
+    dx, dweight = x.new_empty(x.shape if wants_dx else 0), weight.new_empty(weight.shape)
+    return dx, dweight, *(weight.new_empty(shape[3]) for _ in range(3))
 
 
 def _cpu_backward(
@@ -324,10 +332,10 @@ def _cpu_backward(
     )
     dy, x, z, index = (p.contiguous() for p in (dy, x, z, index))
     scale, shift = (None if p is None else p.contiguous() for p in (scale, shift))
-    conv = _c_conv(x, dy.shape[3], scale, shift, (kind, norm, eps), z=z, index=index)
+    conv = _c_conv(x, dy.shape[3], dy.dtype, scale, shift, (kind, norm, eps), z=z, index=index)
     taps, order = GRADIENT[kind].shape[1], (1, 0) if kind in ("upsample", "transpose") else (0, 1)
     channels = x.shape[3], dvectors[0].shape[0]
-    dtaps = dy.new_empty(taps, taps, *(channels[i] for i in order))
+    dtaps = weight.new_empty(taps, taps, *(channels[i] for i in order))
     names = ("dbias", "dscale", "dshift")
     back = backward_weight(weight, kind) if wants_dx else None
     grad = CConvGrad.of(
@@ -343,7 +351,7 @@ def _cpu_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, scale, shift, *ctx.options = inputs
+    x, weight, bias, scale, shift, *ctx.options, _dtype = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, scale, shift, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -352,7 +360,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     wants_dx = ctx.needs_input_grad[0]
     dx, dweight, dbias, dscale, dshift = torch.ops.fastdreamer.conv_norm_act_backward(
         dy, *ctx.saved_tensors, *ctx.options, wants_dx
@@ -364,7 +372,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
         dbias if ctx.has_bias else None,
         None if scale is None else dscale,
         None if shift is None else dshift,
-        *(None,) * 3,
+        *(None,) * 4,
     )
 
 
@@ -372,11 +380,13 @@ _WEIGHTS = "Tensor? scale, Tensor? shift"
 _OPTIONS = "str kind, str norm, float eps"
 register(
     "conv_norm_act",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_WEIGHTS}, {_OPTIONS}) -> "
+    f"(Tensor x, Tensor weight, Tensor? bias, {_WEIGHTS}, {_OPTIONS}, "
+    "ScalarType dtype=float) -> "
     "(Tensor y, Tensor z, Tensor index)",
     _cpu,
     _fake,
     (_setup_context, _backward),
+    autocast=False,
 )
 register(
     "conv_norm_act_backward",

@@ -85,7 +85,7 @@ class CConv(Arguments):
     """``fd_conv``."""
 
     _fields_: ClassVar = [
-        *((k, ctypes.c_int32) for k in ("kind", "input", "centred")),
+        *((k, ctypes.c_int32) for k in ("kind", "input", "output", "centred")),
         ("eps", ctypes.c_float),
         *((k, ctypes.c_int64) for k in "NHWCO"),
         *((k, _POINTER) for k in ("x", "weight", "bias", "scale", "shift", "y", "z", "index")),

@@ -92,6 +92,42 @@ def test_pixels(cpp, isa, kind):
         close(y, conv_norm_act(x, *doubled(weights), *options), "y")
 
 
+@kinds
+@pytest.mark.parametrize(
+    "shape", [(18, 6, 4, 3, 5), (2, 26, 50, 8, 3), (37, 4, 4, 17, 33)], ids=str
+)
+def test_bfloat16(cpp, isa, kind, shape):
+    """Images and their gradients are those of float32, rounded, in whatever order they are kept."""
+    x, *weights = make_inputs(kind, "layer", shape)
+    half = x.detach().bfloat16().requires_grad_()
+    x = half.detach().float().requires_grad_()
+    options = kind, "layer", EPS
+    y, expected = (
+        OPERATOR(half, *weights, *options, torch.bfloat16)[0],
+        OPERATOR(x, *weights, *options)[0],
+    )
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dx, *grads = torch.autograd.grad(y, [half, *weights], dy)
+    exact, *others = torch.autograd.grad(expected, [x, *weights], dy.float())
+    assert torch.equal(dx, exact.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+@kinds
+def test_mixed_precision(cpp, kind):
+    """Images are bfloat16 between products, float32 at the end; computed in float32."""
+    inputs = make_inputs(kind, "rms", (BLOCK, 6, 4, 3, 5))
+    x, *rest = inputs
+    options = kind, "rms", EPS
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cpp.conv_norm_act(*inputs, *options)
+        last = cpp.conv_norm_act(x.bfloat16(), *rest[:2], None, None, *options)
+    assert torch.equal(y, OPERATOR(*inputs, *options)[0].bfloat16())
+    x = x.bfloat16().float()
+    assert torch.equal(last, OPERATOR(x, *rest[:2], None, None, *options)[0])
+
+
 def test_equal_maxima_and_nan(cpp, isa):
     """The gradient goes to the first of equal maxima and to a NaN, as in PyTorch's pooling."""
     x, weight, _bias, *_ = make_inputs("pool", None, (3, 6, 8, 2, 20))
@@ -228,7 +264,7 @@ def test_operator_refuses_dtypes_and_devices(cpp):
         (x, weight.bfloat16(), bias),
         (x.int(), weight, bias),
     ):
-        with pytest.raises(TypeError, match="all float32, or x uint8"):
+        with pytest.raises(TypeError, match="all float32, or x bfloat16 or uint8"):
             OPERATOR(*wrong, *options)
     with pytest.raises(ValueError, match="inputs on"):
         OPERATOR(x, weight.to("meta"), bias, *options)
@@ -258,7 +294,17 @@ class TestCInterface:
         self.dy, self.grads = torch.ones(4096), {k: torch.zeros(4096) for k in names}
 
     def call(self, backward: bool, changes: dict) -> None:
-        sizes = {"kind": 0, "input": 0, "centred": 1, "eps": EPS, "N": 3, "H": 4, "W": 4, "C": 2}
+        sizes = {
+            "kind": 0,
+            "input": 0,
+            "output": 0,
+            "centred": 1,
+            "eps": EPS,
+            "N": 3,
+            "H": 4,
+            "W": 4,
+            "C": 2,
+        }
         fields = sizes | {"O": 3} | self.tensors | self.outputs
         grads = {"dy": self.dy, "weight": self.tensors["weight"]} | self.grads
         fields |= {k: v for k, v in changes.items() if k in fields}
@@ -286,6 +332,9 @@ class TestCInterface:
             self.refuses(backward, "size", **{name: 2**40})
         self.refuses(backward, "size", C=2**10, O=2**10)
         self.refuses(backward, "dtype", input=1)
+        self.refuses(backward, "dtype", output=3)
+        if backward:
+            self.refuses(backward, "dtype", input=3)
 
     def test_no_images(self):
         self.call(False, dict.fromkeys((*self.tensors, *self.outputs)) | {"N": 0})

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
 #include "conv.h"
 #include "isa.h"
 #include "parallel.h"
@@ -56,7 +57,8 @@ int32_t check_conv(const fd_conv* conv) {
       !fits(kMaxSums, {40, conv->C, conv->O}))
     return FD_ERROR_SIZE;
   if (shrinks(*conv) && (conv->H % 2 || conv->W % 2)) return FD_ERROR_SIZE;
-  if (conv->input != FD_FLOAT32 && conv->input != FD_UINT8) return FD_ERROR_DTYPE;
+  if (!is_compute(conv->output) || !(is_compute(conv->input) || conv->input == FD_UINT8))
+    return FD_ERROR_DTYPE;
   if (conv->N == 0) return FD_OK;
   if (!conv->x || (conv->scale && !conv->z) || (conv->kind == FD_CONV_POOL && !conv->index))
     return FD_ERROR_NULL_POINTER;
@@ -80,6 +82,7 @@ int32_t fd_conv_norm_act_backward(const fd_conv* conv, const fd_conv_grad* grad)
   if (const int32_t error = check_conv(conv)) return error;
   if (!grad || any_null({grad->dweight, grad->dbias, grad->dscale, grad->dshift}))
     return FD_ERROR_NULL_POINTER;
+  if (grad->dx && conv->input == FD_UINT8) return FD_ERROR_DTYPE;
   if (conv->N > 0 && (!grad->dy || (grad->dx && !grad->weight))) return FD_ERROR_NULL_POINTER;
   const ConvSize size = conv_size(*conv);
   const int64_t parts = parts_of(*conv), blocks = blocks_of(*conv);

@@ -83,7 +83,8 @@ void weight_gradient(
 
 int32_t check(const fd_conv* conv) {
   const int32_t error = check_conv(conv);
-  return error ? error : conv->input == FD_FLOAT32 ? FD_OK : FD_ERROR_DTYPE;
+  if (error) return error;
+  return conv->input == FD_FLOAT32 && conv->output == FD_FLOAT32 ? FD_OK : FD_ERROR_DTYPE;
 }
 
 }  // namespace
@@ -96,7 +97,8 @@ int32_t fd_winograd(const fd_conv* conv) {
   if (any_null({conv->weight, conv->y})) return FD_ERROR_NULL_POINTER;
   filter(
       winograd_of(kForward[conv->kind], conv->N, conv->H, conv->W, conv->C, conv->O),
-      static_cast<const float*>(conv->x), nullptr, conv->weight, conv->bias, conv->y,
+      static_cast<const float*>(conv->x), nullptr, conv->weight, conv->bias,
+      static_cast<float*>(conv->y),
       conv->kind == FD_CONV_POOL ? static_cast<uint8_t*>(conv->index) : nullptr);
   return FD_OK;
 }
@@ -114,10 +116,10 @@ int32_t fd_winograd_backward(const fd_conv* conv, const fd_conv_grad* grad) {
   const int64_t W = pools ? conv->W : halves ? conv->W / 2 : 2 * conv->W;
   const Winograd forth = winograd_of(kForward[conv->kind], N, conv->H, conv->W, C, O);
   const Winograd back = winograd_of(kBackward[conv->kind], N, H, W, O, C);
-  const float* x = static_cast<const float*>(conv->x);
+  const float *x = static_cast<const float*>(conv->x), *dy = static_cast<const float*>(grad->dy);
   if (grad->dx && N > 0)
-    filter(back, grad->dy, index, grad->weight, nullptr, grad->dx, nullptr);
-  if (shrinks(*conv)) weight_gradient(forth, x, grad->dy, index, grad->dweight);
-  else weight_gradient(back, grad->dy, x, nullptr, grad->dweight);
+    filter(back, dy, index, grad->weight, nullptr, static_cast<float*>(grad->dx), nullptr);
+  if (shrinks(*conv)) weight_gradient(forth, x, dy, index, grad->dweight);
+  else weight_gradient(back, dy, x, nullptr, grad->dweight);
   return FD_OK;
 }

@@ -6,6 +6,7 @@
 
 #include "../conv.h"
 #include "gemm.h"
+#include "half.h"
 #include "lanes.h"
 
 namespace fastdreamer {
@@ -33,18 +34,36 @@ class Image {
   Buffer data_;
 };
 
-static inline float pixel(float x) { return x; }
-static inline float pixel(uint8_t x) { return x / 255.0f - 0.5f; }
+// Elements of images: float, half for bfloat16, uint8_t for pixels.
+enum half : uint16_t {};
+
+static inline float element(float x) { return x; }
+static inline float element(half x) {
+  return reinterpret_cast<Vec>(UintVec{} + (static_cast<uint32_t>(x) << 16))[0];
+}
+static inline float element(uint8_t x) { return x / 255.0f - 0.5f; }
+static inline void set(float& y, float x) { y = x; }
+static inline void set(half& y, float x) { y = static_cast<half>(rounded(broadcast(x))[0] >> 16); }
 
 typedef float Words __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
 
-// A vector of the transposed words of rows, as elements: of float32 it is one, of uint8 four.
+// A vector of the transposed words of rows, as elements: a float is one, halves are two, pixels four.
 static inline void store_words(float, Vec word, float* out) { store(out, word); }
+static inline void store_words(half, Vec word, float* out) {
+  const UintVec two = reinterpret_cast<UintVec>(word);
+  store(out, reinterpret_cast<Vec>(two << 16));
+  store(out + kLanes, reinterpret_cast<Vec>(two & 0xffff0000));
+}
 static inline void store_words(uint8_t, Vec word, float* out) {
   for (int i = 0; i < 4; ++i) {
     const Vec x = __builtin_convertvector((bits(word) >> 8 * i) & 255, Vec);
     store(out + i * kLanes, x / 255.0f - 0.5f);
   }
+}
+
+static inline Vec load_words(float, const float* in) { return load(in); }
+static inline Vec load_words(half, const float* in) {
+  return reinterpret_cast<Vec>(rounded(load(in)) >> 16 | rounded(load(in + kLanes)));
 }
 
 // `count` elements of each of the first `images` images, which lie `stride` apart, to lanes; lanes
@@ -62,20 +81,22 @@ static inline void read_lanes(
     for (int i = 0; i < kLanes; ++i) store_words(scalar(), v[i], out + (j + i * inside) * kLanes);
   }
   for (; j < count; ++j)
-    for (int i = 0; i < kLanes; ++i) out[j * kLanes + i] = pixel(i < images ? x[i * stride + j] : scalar());
+    for (int i = 0; i < kLanes; ++i) out[j * kLanes + i] = element(i < images ? x[i * stride + j] : scalar());
 }
 
+template <typename scalar>
 static inline void write_lanes(
-    float* y, int64_t stride, int images, int64_t count, const float* in) {
+    scalar* y, int64_t stride, int images, int64_t count, const float* in) {
+  constexpr int inside = 4 / sizeof(scalar);
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; j + kLanes * inside <= count; j += kLanes * inside) {
     Vec v[kLanes];
-    for (int i = 0; i < kLanes; ++i) v[i] = load(in + (j + i) * kLanes);
+    for (int i = 0; i < kLanes; ++i) v[i] = load_words(scalar(), in + (j + i * inside) * kLanes);
     transpose<kLanes>(v);
-    for (int i = 0; i < images; ++i) store(y + i * stride + j, v[i]);
+    for (int i = 0; i < images; ++i) *reinterpret_cast<Words*>(y + i * stride + j) = v[i];
   }
   for (; j < count; ++j)
-    for (int i = 0; i < images; ++i) y[i * stride + j] = in[j * kLanes + i];
+    for (int i = 0; i < images; ++i) set(y[i * stride + j], in[j * kLanes + i]);
 }
 
 struct Filter {

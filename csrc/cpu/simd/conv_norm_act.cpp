@@ -25,15 +25,33 @@ void for_parts(const fd_conv& conv, int64_t begin, int64_t end, const Body& body
   }
 }
 
+// Row `row` of `count` elements of a part's images, which are `size` elements of `type` each.
+void read_row(
+    int32_t type, const void* images, const Part& part, int64_t size, int64_t row, int64_t count,
+    float* to) {
+  const int64_t at = part.image * size + row * count;
+  if (type == FD_UINT8)
+    read_lanes(static_cast<const uint8_t*>(images) + at, size, part.images, count, to);
+  else if (type == FD_BFLOAT16)
+    read_lanes(static_cast<const half*>(images) + at, size, part.images, count, to);
+  else
+    read_lanes(static_cast<const float*>(images) + at, size, part.images, count, to);
+}
+
+void write_row(
+    int32_t type, void* images, const Part& part, int64_t size, int64_t row, int64_t count,
+    const float* from) {
+  const int64_t at = part.image * size + row * count;
+  if (type == FD_BFLOAT16)
+    write_lanes(static_cast<half*>(images) + at, size, part.images, count, from);
+  else
+    write_lanes(static_cast<float*>(images) + at, size, part.images, count, from);
+}
+
 void read_images(const fd_conv& conv, const Part& part, const Image& to) {
-  const int64_t row = conv.W * conv.C, image = conv.H * row;
-  for (int64_t y = 0; y < conv.H; ++y) {
-    const int64_t at = part.image * image + y * row;
-    if (conv.input == FD_UINT8)
-      read_lanes(static_cast<const uint8_t*>(conv.x) + at, image, part.images, row, to.at(y));
-    else
-      read_lanes(static_cast<const float*>(conv.x) + at, image, part.images, row, to.at(y));
-  }
+  const int64_t row = conv.W * conv.C;
+  for (int64_t y = 0; y < conv.H; ++y)
+    read_row(conv.input, conv.x, part, conv.H * row, y, row, to.at(y));
 }
 
 // The largest of every 2x2 of two rows of `columns` pixels of O channels, the first of equals; words
@@ -85,8 +103,7 @@ void output_gradient(
   const int64_t width = size.W * conv.O;
   for (int64_t y = 0; y < size.H; ++y) {
     float* dz = conv.kind == FD_CONV_POOL ? row : to.at(y);
-    read_lanes(
-        grad.dy + part.image * size.output + y * width, size.output, part.images, width, dz);
+    read_row(conv.output, grad.dy, part, size.output, y, width, dz);
     const float* kept = conv.z + part.z + y * width * kConvBlock;
     for (int64_t x = 0; conv.scale && x < size.W; ++x)
       norm_lanes_backward<true, kConvBlock>(
@@ -128,8 +145,7 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
         store(kept + i * kConvBlock, load(z + i * kLanes));
       for (int64_t x = 0; conv.scale && x < size.W; ++x)
         norm_lanes<true>(norm, z + x * conv.O * kLanes, conv.O);
-      write_lanes(
-          conv.y + part.image * size.output + y * width, size.output, part.images, width, z);
+      write_row(conv.output, conv.y, part, size.output, y, width, z);
     }
   });
 }
@@ -153,8 +169,7 @@ void conv_norm_act_backward(
     const int64_t width = conv.W * conv.C;
     for (int64_t y = 0; grad.dx && y < conv.H; ++y) {
       conv_row(dz, filter, y, row.get());
-      const int64_t at = part.image * conv.H * width + y * width;
-      write_lanes(grad.dx + at, conv.H * width, part.images, width, row.get());
+      write_row(conv.input, grad.dx, part, conv.H * width, y, width, row.get());
     }
     read_images(conv, part, x);
     if (shrinks(conv))
