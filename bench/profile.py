@@ -15,7 +15,7 @@ from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -26,7 +26,7 @@ from torch.autograd.graph import Node
 
 from bench.results import origin, record
 from bench.update import PRODUCT, check
-from bench.workload import Update
+from bench.workload import PLAIN, Update
 from fastdreamer.cli import parse, run
 from fastdreamer.errors import UsageError
 from fastdreamer.host import set_up_process
@@ -50,6 +50,8 @@ class Options:
     """Observations: 64 x 64 x 3 images, or 24 numbers."""
     backend: Literal["auto", "reference", "cpp"] = "auto"
     """Our kernels."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of products."""
     rounds: int = 5
     """Updates; the one of median time is shown."""
     threads: int = 1
@@ -121,7 +123,7 @@ def measure(options: Options) -> dict[str, Any]:
     except RuntimeError as error:
         raise UsageError(f"--backend: {error}") from None
     learner = Learner.make(workload.agent(ops), workload.learner)
-    update = workload.update_of(learner)
+    update = workload.update_of(learner, replace(PLAIN, precision=options.precision))
     for _ in range(WARM_UP):
         update()
     read = time.process_time if options.threads == 1 else time.perf_counter
@@ -129,7 +131,8 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = sorted(rounds, key=lambda spent: sum(spent.values()))[len(rounds) // 2]
     with workload.counted() as (counted, reference, counter):
         flops = metered(counted, reference, counter.get_total_flops)
-    peak = fastest_product(read)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    peak = fastest_product(read, dtype)
     parts = {
         name: {"seconds": seconds.get(name, 0.0), "flops": int(flops.get(name, 0))}
         for name in sorted({*seconds, *flops}, key=lambda name: -seconds.get(name, 0.0))
@@ -139,7 +142,7 @@ def measure(options: Options) -> dict[str, Any]:
         "batch": [workload.learner.batch_size, workload.learner.batch_length],
         "horizon": workload.learner.horizon,
         "backend": ops.backend,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "rounds": options.rounds,
         "peak_flops_per_s": peak,
         "seconds": sum(part["seconds"] for part in parts.values()),
@@ -148,10 +151,10 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def fastest_product(read: Callable[[], float]) -> float:
-    """FLOP/s of the fastest of a few float32 products of large square matrices."""
+def fastest_product(read: Callable[[], float], dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few products of large square matrices."""
     rows = PRODUCT["cpu"]
-    a, b = torch.randn(rows, rows), torch.randn(rows, rows)
+    a, b = (torch.randn(rows, rows).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(10):
         started = read()

@@ -27,9 +27,12 @@ def options(*args: str) -> profile.Options:
     return parse(profile.Options, args, "bench.profile", profile.Options())
 
 
-@pytest.mark.parametrize("recipe", ["2023", "2025"])
-def test_the_parts_sum_to_the_whole(recipe, cpp):
-    result = profile.measure(options("--recipe", recipe))
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [("2023", "fp32"), ("2025", "fp32"), ("2025", "bf16")]
+)
+def test_the_parts_sum_to_the_whole(recipe, precision, cpp):
+    result = profile.measure(options("--recipe", recipe, "--precision", precision))
+    assert result["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
     parts = result["parts"]
     assert result["flops"] == Workload(recipe, "debug", "image").flops()
     expected = {"encoder", "posterior scan", "decoder", "rollout", "imagined heads", "optimiser"}
