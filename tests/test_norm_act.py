@@ -121,10 +121,10 @@ def test_takes_strided_inputs(compiled, kind, dtype):
 
 @kinds
 @silus
-@pytest.mark.parametrize("width", [24, 130])
-def test_bfloat16(compiled, isa, kind, silu, width):
+@pytest.mark.parametrize("shape", [(150, 3), (150, 24), (37, 130), (7, 512)], ids=str)
+def test_bfloat16(compiled, isa, kind, silu, shape):
     """Arithmetic in float32 between inputs and outputs in bfloat16; scale and shift in float32."""
-    x, *norm = norm_inputs((37, width), kind)
+    x, *norm = norm_inputs(shape, kind)
     half = x.detach().bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
     y, expected = (compiled.norm_act(z, *norm, kind, EPS, silu) for z in (half, full))
@@ -141,6 +141,17 @@ def test_bfloat16(compiled, isa, kind, silu, width):
     for a, b in zip(actual[1:], expected[1:], strict=True):
         assert a.dtype == torch.float32
         close_to_largest(a, b)
+
+
+@kinds
+def test_rows_alone(compiled, isa, kind):
+    """Rows computed side by side are those computed one by one, to the last bit."""
+    x, *norm = norm_inputs((13, 200), kind)
+    options = (kind, EPS, True)
+    y, *alone = (compiled.norm_act(z, *norm, *options) for z in (x, *x.split(1)))
+    assert torch.equal(y, torch.cat(alone))
+    dx = torch.autograd.grad(y.square().sum(), x)[0]
+    assert torch.equal(dx, torch.autograd.grad(torch.cat(alone).square().sum(), x)[0])
 
 
 def test_nan_stays_in_its_row(compiled, isa):

@@ -8,34 +8,24 @@
 namespace fastdreamer {
 namespace FD_ISA {
 
-constexpr int64_t kNarrow = 128;  // the widest row that the functions below take
+constexpr int kNarrow = 2 * kLanes;  // rows that the functions below take are narrower
 
 // Whether they are faster than row after row: the last vector of a wide row should be a whole one.
-static inline bool by_columns(int64_t n) {
-  return n <= 4 * kLanes || (n <= kNarrow && n % kLanes != 0);
-}
+static inline bool by_columns(int64_t n) { return n < kNarrow && n % kLanes != 0; }
 
-// kLanes rows of n > 0 as n columns. `columns` has room for a multiple of kLanes.
+// kLanes rows of n as n columns. `columns` has room for a multiple of kLanes.
 static inline void load_columns(const float* x, int64_t n, Vec* columns) {
-  float rows[kLanes * (kNarrow + 1)];
-  for (int64_t i = 0; i < n; ++i) store(rows + i * kLanes, load(x + i * kLanes));
-  store(rows + n * kLanes, Vec{});  // the last row is read past its end
-  int64_t j = 0;
-  do {
-    for (int i = 0; i < kLanes; ++i) columns[j + i] = load(rows + i * n + j);
+  by_vectors(n, [&](int64_t j, int c) {
+    for (int i = 0; i < kLanes; ++i) columns[j + i] = load_some(x + i * n + j, c);
     transpose<kLanes>(columns + j);
-    j += kLanes;
-  } while (j < n);
+  });
 }
 
 static inline void store_columns(float* y, int64_t n, Vec* columns) {
-  float rows[kLanes * (kNarrow + 1)];
-  // From the last columns to the first: what runs over the end of a row is overwritten after it.
-  for (int64_t j = (n - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
+  by_vectors(n, [&](int64_t j, int c) {
     transpose<kLanes>(columns + j);
-    for (int i = 0; i < kLanes; ++i) store(rows + i * n + j, columns[j + i]);
-  }
-  for (int64_t i = 0; i < n; ++i) store(y + i * kLanes, load(rows + i * kLanes));
+    for (int i = 0; i < kLanes; ++i) store_some(y + i * n + j, columns[j + i], c);
+  });
 }
 
 }  // namespace FD_ISA

@@ -7,26 +7,6 @@
 namespace fastdreamer {
 namespace FD_ISA {
 
-template <int... lane>
-struct Lanes {};
-template <int count, int... lane>
-struct LanesBelow : LanesBelow<count - 1, count - 1, lane...> {};
-template <int... lane>
-struct LanesBelow<0, lane...> {
-  using type = Lanes<lane...>;
-};
-using AllLanes = LanesBelow<kLanes>::type;
-
-// Element l of the result is element lane[l] of a, or lane[l] - kLanes of b.
-template <int... lane>
-static inline Vec shuffle(Vec a, Vec b, Lanes<lane...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, lane...);
-#else
-  return __builtin_shuffle(a, b, IntVec{lane...});
-#endif
-}
-
 // Exchanges the blocks of `step` elements that lie off the diagonal.
 template <int step, int... lane>
 static inline void swap_blocks(Vec& a, Vec& b, Lanes<lane...>) {

@@ -1,4 +1,4 @@
-// Norm and SiLU over rows; see norm.h for the formulas. Wide rows go one by one, narrow ones
+// Norm and SiLU over rows; see norm.h for the formulas. Narrow rows that would leave lanes idle go
 // kLanes at once.
 #include "columns.h"
 #include "gemm.h"
@@ -9,7 +9,7 @@ namespace fastdreamer {
 namespace FD_ISA {
 namespace {
 
-// Element j of kLanes rows of n <= kNarrow elements.
+// Element j of kLanes rows of n < kNarrow elements.
 struct Columns {
   Vec v[kNarrow];
   float* data() { return reinterpret_cast<float*>(v); }
@@ -56,8 +56,17 @@ void backward(
     for (int64_t j = 0; j < n; ++j) dscale[j] += sum(scales.v[j]);
     for (int64_t j = 0; dshift && j < n; ++j) dshift[j] += sum(shifts.v[j]);
   }
-  for (; i < rows; ++i)
-    norm_row_backward<silu>(norm, x + i * n, dy + i * n, dx + i * n, dscale, dshift, n);
+  norm_each_row_backward<silu>(
+      norm, rows - i, {x + i * n, n}, {dy + i * n, n}, {dx + i * n, n}, dscale, dshift, n);
+}
+
+// Rows in bfloat16 that are widened at once: their elements should stay in the first cache.
+int64_t rows_of_block(int64_t n) {
+  return by_columns(n) ? 4 * kLanes : n <= 256 ? kAhead : kBeside;
+}
+
+void prefetch(const uint16_t* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i, 0, 2);
 }
 
 }  // namespace
@@ -81,10 +90,12 @@ void norm_rows_backward(
 void norm_half_rows(
     const uint16_t* x, const float* scale, const float* shift, uint16_t* y, int64_t rows, int64_t n,
     bool centred, float eps, bool silu) {
-  const Buffer block(kLanes * n);
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const int64_t count = rows - i < kLanes ? rows - i : kLanes, at = i * n;
+  const int64_t step = rows_of_block(n);
+  const Buffer block(step * n);
+  for (int64_t i = 0; i < rows; i += step) {
+    const int64_t count = rows - i < step ? rows - i : step, at = i * n;
     widen(x + at, block.get(), count * n);
+    prefetch(x + at + count * n, count * n);
     norm_rows(block.get(), scale, shift, block.get(), count, n, centred, eps, silu);
     narrow(block.get(), y + at, count * n);
   }
@@ -93,11 +104,15 @@ void norm_half_rows(
 void norm_half_rows_backward(
     const uint16_t* dy, const uint16_t* x, const float* scale, const float* shift, uint16_t* dx,
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu) {
-  const Buffer block(kLanes * n), grad(kLanes * n);
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const int64_t count = rows - i < kLanes ? rows - i : kLanes, at = i * n;
+  const int64_t step = rows_of_block(n);
+  const Buffer block(step * n), grad(step * n);
+  for (int64_t i = 0; i < rows; i += step) {
+    const int64_t count = rows - i < step ? rows - i : step, at = i * n;
     widen(x + at, block.get(), count * n);
     widen(dy + at, grad.get(), count * n);
+    prefetch(x + at + count * n, count * n);
+    prefetch(dy + at + count * n, count * n);
+    prefetch(dx + at + count * n, count * n);
     norm_rows_backward(
         grad.get(), block.get(), scale, shift, grad.get(), dscale, dshift, count, n, centred, eps,
         silu);

@@ -13,6 +13,7 @@ struct Rows {
   T* data;
   int64_t stride;
   T* operator[](int64_t row) const { return data + row * stride; }
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 static inline void copy(const float* from, float* to, int64_t n) {

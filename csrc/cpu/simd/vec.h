@@ -5,7 +5,7 @@
 
 #include <math.h>
 #include <stdint.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,6 +37,25 @@ static inline void store_bits(int32_t* p, IntVec x) {
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
 // The first n < kLanes elements; the others are `rest`.
+#if defined(__AVX512F__)
+static inline Vec load_part(const float* p, int64_t n, float rest = 0) {
+  return _mm512_mask_loadu_ps(broadcast(rest), static_cast<__mmask16>((1 << n) - 1), p);
+}
+static inline void store_part(float* p, Vec x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), x);
+}
+#elif defined(__AVX2__)
+static inline IntVec first_lanes(int64_t n) {
+  return IntVec{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n);
+}
+static inline Vec load_part(const float* p, int64_t n, float rest = 0) {
+  const IntVec first = first_lanes(n);
+  return first ? Vec(_mm256_maskload_ps(p, reinterpret_cast<__m256i>(first))) : broadcast(rest);
+}
+static inline void store_part(float* p, Vec x, int64_t n) {
+  _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first_lanes(n)), x);
+}
+#else
 static inline Vec load_part(const float* p, int64_t n, float rest = 0) {
   Vec x = broadcast(rest);
   for (int64_t i = 0; i < n; ++i) x[i] = p[i];
@@ -45,6 +64,7 @@ static inline Vec load_part(const float* p, int64_t n, float rest = 0) {
 static inline void store_part(float* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
+#endif
 
 #if defined(__AVX512F__)
 // The forms with a mask of all lanes: GCC 12 warns of the others that they read undefined values.
@@ -73,28 +93,47 @@ static inline Vec scale(Vec x, Vec n) {
 static inline Vec reciprocal(Vec x) { return 1.0f / x; }
 #endif
 
-#if defined(__AVX512F__)
-// The lanes of each half, quarter, pair and neighbour exchanged: sums over all lanes by four steps.
-template <typename Join>
-static inline float join_lanes(Vec x, const Join& join) {
-  x = join(x, Vec(_mm512_maskz_shuffle_f32x4(kAll, x, x, 0x4e)));
-  x = join(x, Vec(_mm512_maskz_shuffle_f32x4(kAll, x, x, 0xb1)));
-  x = join(x, Vec(_mm512_maskz_permute_ps(kAll, x, 0x4e)));
-  return join(x, Vec(_mm512_maskz_permute_ps(kAll, x, 0xb1)))[0];
-}
+template <int... lane>
+struct Lanes {};
+template <int count, int... lane>
+struct LanesBelow : LanesBelow<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct LanesBelow<0, lane...> {
+  using type = Lanes<lane...>;
+};
+using AllLanes = LanesBelow<kLanes>::type;
+
+// Element l of the result is element lane[l] of a, or lane[l] - kLanes of b.
+template <int... lane>
+static inline Vec shuffle(Vec a, Vec b, Lanes<lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
 #else
-template <typename Join>
-static inline float join_lanes(Vec x, const Join& join) {
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    Vec y{};
-    for (int i = 0; i < step; ++i) y[i] = x[i + step];
-    x = join(x, y);
-  }
-  return x[0];
-}
+  return __builtin_shuffle(a, b, IntVec{lane...});
 #endif
-static inline float sum(Vec x) { return join_lanes(x, [](Vec a, Vec b) { return a + b; }); }
-static inline float max(Vec x) { return join_lanes(x, [](Vec a, Vec b) { return max(a, b); }); }
+}
+
+template <int step, int... lane>
+static inline Vec swap_lanes(Vec x, Lanes<lane...>) {
+  return shuffle(x, x, Lanes<(lane ^ step)...>());
+}
+
+// Joins the two halves of each 2 * step lanes, their halves and so on, in all lanes.
+template <int step, typename Join>
+static inline Vec join_lanes(Vec x, const Join& join) {
+  if constexpr (step > 0)
+    return join_lanes<step / 2>(join(x, swap_lanes<step>(x, AllLanes())), join);
+  else
+    return x;
+}
+template <int step>
+static inline Vec sum_lanes(Vec x) {
+  return join_lanes<step>(x, [](Vec a, Vec b) { return a + b; });
+}
+static inline float sum(Vec x) { return sum_lanes<kLanes / 2>(x)[0]; }
+static inline float max(Vec x) {
+  return join_lanes<kLanes / 2>(x, [](Vec a, Vec b) { return max(a, b); })[0];
+}
 
 // e^x within 2 units in the last place; below -87.3 it is the smallest normal number, NaN stays.
 static inline Vec exp(Vec x) {
