@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from bench.results import origin, record
-from bench.update import PRODUCT, check
+from bench.update import Clock, check
 from bench.workload import PLAIN, Update
 from fastdreamer.cli import parse, run
 from fastdreamer.errors import UsageError
@@ -132,7 +132,7 @@ def measure(options: Options) -> dict[str, Any]:
     with workload.counted() as (counted, reference, counter):
         flops = metered(counted, reference, counter.get_total_flops)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    peak = fastest_product(read, dtype)
+    peak = max(Clock("cpu", read).peak(each) for each in {torch.float32, dtype})
     parts = {
         name: {"seconds": seconds.get(name, 0.0), "flops": int(flops.get(name, 0))}
         for name in sorted({*seconds, *flops}, key=lambda name: -seconds.get(name, 0.0))
@@ -149,18 +149,6 @@ def measure(options: Options) -> dict[str, Any]:
         "flops": sum(part["flops"] for part in parts.values()),
         "parts": parts,
     }
-
-
-def fastest_product(read: Callable[[], float], dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few products of large square matrices."""
-    rows = PRODUCT["cpu"]
-    a, b = (torch.randn(rows, rows).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        started = read()
-        a @ b
-        seconds.append(read() - started)
-    return 2 * rows**3 / min(seconds)
 
 
 def metered(update: Update, learner: Learner, read: Callable[[], float]) -> dict[str, float]:

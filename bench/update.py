@@ -179,14 +179,13 @@ def chosen(options: Options, workload: Workload) -> list[str]:
     """Names of the rivals to time; one without a learner of this workload is left out, and said.
 
     Raises:
-        UsageError: one is unknown or not installed, or none has such a learner.
+        UsageError: one is unknown or not installed, or none of those named has such a learner.
     """
-    if options.rivals == "installed":
-        return [n for n in rivals.installed() if rivals.load(n).supports(workload)]
-    asked = {name for name in options.rivals.split(",") if name}
+    every = options.rivals == "installed"
+    asked = set(rivals.installed() if every else filter(None, options.rivals.split(",")))
     able = {name for name in asked if rivals.load(name).supports(workload)}
     others = " and ".join(sorted(asked - able))
-    if others and not able:
+    if others and not able and not every:
         raise UsageError(f"--rivals: no learner of {workload.name} in {others}")
     # After TorchRL has registered its schemas with Hydra, sheeprl's configuration fails.
     names = [name for name in rivals.NAMES if name in able]
@@ -249,14 +248,15 @@ class Clock:
     """Times calls on one device."""
 
     device: str
+    read: Callable[[], float] = time.perf_counter
 
     def time(self, call: Callable[[], object]) -> float:
         """Seconds of one call, with the device idle before and after."""
         self._wait()
-        started = time.perf_counter()
+        started = self.read()
         call()
         self._wait()
-        return time.perf_counter() - started
+        return self.read() - started
 
     def start(self, settings: str, make: Callable[[], Update]) -> Contender:
         """A contender, built and warm; its first call includes building and compiling."""

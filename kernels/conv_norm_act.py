@@ -88,14 +88,17 @@ def conv_norm_act_cpp(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """`conv_norm_act` by the C++ library, or by PyTorch's convolutions where those are faster."""
+    """`conv_norm_act` by the C++ library, or by PyTorch's convolutions where those are faster.
+
+    In mixed precision the library computes in float32, reads bfloat16 and, before further layers,
+    gives it; the last images, without a norm, are float32.
+    """
     _check_shapes(x, weight, bias, scale, shift, kind)
     way = _fastest_way(x, weight, kind, bias, scale, shift)
     if way == "conv_norm_act":
         operator = torch.ops.fastdreamer.conv_norm_act
         dtype = torch.float32 if scale is None else compute_type(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):  # which would round the weights
-            return operator(x, weight, bias, scale, shift, kind, norm, eps, dtype)[0]
+        return operator(x, weight, bias, scale, shift, kind, norm, eps, dtype)[0]
     if way == "winograd":
         return _norm_act(winograd(x, weight, bias, kind), scale, shift, norm, eps)
     return conv_then_norm_act(x, weight, bias, scale, shift, kind, norm, eps)
@@ -301,6 +304,8 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x (empty if not wanted), weight, bias, scale and shift (zeros without them)."""
     _check(x, weight, None, scale, shift, kind, norm)
+    if wants_dx and x.dtype == torch.uint8:
+        raise TypeError("conv_norm_act: pixels of uint8 have no gradient")
     shape = output_shape(x, weight, kind)
     if dy.shape != shape or dy.dtype not in library.COMPUTE_DTYPES:
         got = f"{tuple(dy.shape)} {dy.dtype}"

@@ -70,12 +70,13 @@ def heads_by_operators(
 ) -> list[Tensor]:
     """`heads`, layer by layer, by the operators of the features' device.
 
-    In bfloat16 on a GPU, or by AMX, the product costs less than the rows that would replace it.
+    In bfloat16 on a GPU, or by AMX, the product costs less than the rows that would replace it:
+    there features are rounded once for all heads.
     """
     _check_feat(feat)
-    compute = compute_type(feat.device.type)
-    dense = compute == torch.bfloat16 and (feat.is_cuda or library.has_amx())
-    x, rows = (feat.to(compute), None) if dense else (feat, latents)
+    mixed = feat.dtype == torch.float32 and compute_type(feat.device.type) == torch.bfloat16
+    dense = mixed and (feat.is_cuda or library.has_amx())
+    x, rows = (feat.bfloat16(), None) if dense else (feat, latents)
     return [_by_operators(x, rows, head, eps) for head in given]
 
 
@@ -103,30 +104,25 @@ keeps them. Beyond, heads with gradient are also faster layer by layer."""
 def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
     """`heads` by the C++ library for float32; other types by operators.
 
-    In mixed precision heads with gradient go by operators; without one only where there is AMX:
-    products by vdpbf16ps are slower than the library's in float32.
+    In mixed precision heads with gradient go by operators. Those without stay float32 in the
+    library unless there is AMX: products by vdpbf16ps are slower.
     Raises RuntimeError where a class is out of range.
     """
-    mixed = torch.is_autocast_enabled("cpu")
+    mixed = compute_type("cpu") == torch.bfloat16
     fits = len(given) <= MAX_FEATURE_HEADS and all(len(h.layers) <= MAX_LAYERS for h in given)
     if feat.dtype != torch.float32 or not fits or (mixed and library.has_amx()):
         return heads_by_operators(feat, latents, given, eps)
     _check_feat(feat)
-    shared = sum(head.layers[0].weight.numel() for head in given) <= SHARED_WEIGHTS
-    if shared and not mixed:
-        return _by_library(feat, latents, given, eps)
-    trained = [i for i, head in enumerate(given) if head.trained]
-    others = [i for i, head in enumerate(given) if not head.trained]
-    groups = [others] if shared and others else [[i] for i in others]
-    said = dict(
-        zip(
-            trained,
-            heads_by_operators(feat, latents, [given[i] for i in trained], eps),
-            strict=True,
-        )
-    )
+    held = [i for i, head in enumerate(given) if not (mixed and head.trained)]
+    if held and sum(given[i].layers[0].weight.numel() for i in held) <= SHARED_WEIGHTS:
+        groups = [held]
+    else:
+        groups = [[i] for i in held if not given[i].trained]
+    said: dict[int, Tensor] = {}
     for group in groups:
         said |= zip(group, _by_library(feat, latents, [given[i] for i in group], eps), strict=True)
+    rest = [i for i in range(len(given)) if i not in said]
+    said |= zip(rest, heads_by_operators(feat, latents, [given[i] for i in rest], eps), strict=True)
     return [said[i] for i in range(len(given))]
 
 

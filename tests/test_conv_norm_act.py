@@ -124,6 +124,8 @@ def test_mixed_precision(cpp, kind):
         y = cpp.conv_norm_act(*inputs, *options)
         last = cpp.conv_norm_act(x.bfloat16(), *rest[:2], None, None, *options)
     assert torch.equal(y, OPERATOR(*inputs, *options)[0].bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):  # also the operator by itself
+        assert torch.equal(y, OPERATOR(*inputs, *options, torch.bfloat16)[0])
     x = x.bfloat16().float()
     assert torch.equal(last, OPERATOR(x, *rest[:2], None, None, *options)[0])
 
@@ -209,6 +211,8 @@ def test_opcheck(cpp, kind, norm):
     inputs = make_inputs(kind, norm, (3, 4, 2, 2, 5))
     options = kind, norm or "rms", EPS
     torch.library.opcheck(OPERATOR, (*inputs, *options))
+    half = inputs[0].detach().bfloat16().requires_grad_()
+    torch.library.opcheck(OPERATOR, (half, *inputs[1:], *options, torch.bfloat16))
     x, weight, bias, scale, shift = (None if p is None else p.detach() for p in inputs)
     y, z, index = OPERATOR(x, weight, bias, scale, shift, *options)
     for wants_dx in (True, False):
@@ -272,6 +276,8 @@ def test_operator_refuses_dtypes_and_devices(cpp):
     for wrong in ((y[1:], z, index), (y.double(), z, index), (y, z[:0], index), (y, z, index[:0])):
         with pytest.raises(ValueError, match=r"dy|forward pass"):
             BACKWARD(wrong[0], x, weight, bias, None, *wrong[1:], *options[2:], True)
+    with pytest.raises(TypeError, match="no gradient"):
+        BACKWARD(y, x.byte(), weight, bias, None, z, index, *options[2:], True)
 
 
 def test_the_library_serves_a_batch(cpp, monkeypatch):

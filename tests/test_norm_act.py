@@ -17,7 +17,7 @@ pytestmark = pytest.mark.operators
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # One unit in the last place: the interpreter cuts off where a GPU rounds.
 BFLOAT16_TOLERANCE = {"rtol": 2**-7, "atol": 1e-6}
-WIDTHS = (1, 3, 4, 8, 17, 24, 64, 72, 100, 130, 255, 1536)
+WIDTHS = (1, 3, 4, 8, 12, 17, 24, 64, 72, 100, 130, 255, 1536)
 SHAPES = [(63, 41), (0, 5), (2, 3, 5), (7,), *((1, n) for n in WIDTHS), *((37, n) for n in WIDTHS)]
 WIDE = [(3, 5000), (5, 9000), (2, 17000)]  # beyond what Triton's kernels hold in registers
 EPS = 1e-3

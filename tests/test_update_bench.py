@@ -86,6 +86,7 @@ class TestOptions:
         monkeypatch.setattr(rivals, "installed", lambda: list(rivals.NAMES))
         chosen = options("--rivals", "installed")
         assert update.chosen(chosen, Workload("2023", "s", "image")) == ["sheeprl"]
+        assert update.chosen(chosen, Workload("2023", "debug", "image")) == []
         both = Workload("2025", "1m", "vector")
         assert update.chosen(chosen, both) == ["sheeprl", "torchrl"]
         assert update.chosen(options("--rivals", "torchrl,sheeprl"), both) == ["sheeprl", "torchrl"]

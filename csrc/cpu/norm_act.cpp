@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
 #include "isa.h"
 #include "parallel.h"
 #include "tensor.h"
@@ -99,7 +100,7 @@ void backward(
 
 int32_t check(int64_t rows, int64_t n, int32_t dtype) {
   if (rows < 0 || n < 0) return FD_ERROR_SIZE;
-  return dtype == FD_FLOAT32 || dtype == FD_BFLOAT16 ? FD_OK : FD_ERROR_DTYPE;
+  return is_compute(dtype) ? FD_OK : FD_ERROR_DTYPE;
 }
 
 }  // namespace

@@ -8,9 +8,9 @@
 namespace fastdreamer {
 namespace FD_ISA {
 
-constexpr int kNarrow = 2 * kLanes;  // rows that the functions below take are narrower
+constexpr int kNarrow = 2 * kLanes;  // the functions below take rows of n < kNarrow
 
-// Whether they are faster than row after row: the last vector of a wide row should be a whole one.
+// Whether they are faster than row after row: in rows of less than two vectors, the last not whole.
 static inline bool by_columns(int64_t n) { return n < kNarrow && n % kLanes != 0; }
 
 // kLanes rows of n as n columns. `columns` has room for a multiple of kLanes.

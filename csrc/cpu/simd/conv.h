@@ -277,7 +277,7 @@ static inline void add_weight_gradient(
 }
 
 // Sums over the lanes of `count` vectors.
-static inline void sum_lanes(const float* lanes, int64_t count, float* sums) {
+static inline void sum_each(const float* lanes, int64_t count, float* sums) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     Vec v[kLanes], total{};

@@ -177,7 +177,7 @@ void conv_norm_act_backward(
     else
       add_weight_gradient(dz, x, filter.window.K, filter.window.stride, lanes.get());
   });
-  sum_lanes(lanes.get(), size.sums, sums);
+  sum_each(lanes.get(), size.sums, sums);
 }
 
 }  // namespace FD_ISA

@@ -12,8 +12,8 @@ namespace fastdreamer {
 namespace FD_ISA {
 
 constexpr int kBeside = 4;
-constexpr int kGroups = 2;  // of kBeside rows, whose sums are on their way before one is needed
-// Rows ahead that are fetched meanwhile: the processor finds no order in rows side by side.
+constexpr int kGroups = 2;  // of kBeside rows: the moments of all are computed before one is scaled
+// Rows ahead that are fetched meanwhile: the processor itself does not follow so many at once.
 constexpr int kAhead = kGroups * kBeside;
 
 struct Norm {
@@ -78,8 +78,10 @@ static inline void scale_rows(
     const Vec scale = load_some(norm.scale + i, c);
     const Vec shift = norm.shift ? load_some(norm.shift + i, c) : Vec{};
     for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(x[k + kAhead] + i);
-      __builtin_prefetch(y[k + kAhead] + i, 1);
+      if constexpr (R > 1) {
+        __builtin_prefetch(x[k + kAhead] + i);
+        __builtin_prefetch(y[k + kAhead] + i, 1);
+      }
       const Vec v = (load_some(x[k] + i, c) - m.mean.row[k]) * m.r.row[k] * scale + shift;
       store_some(y[k] + i, silu ? v * sigmoid(v) : v, c);
     }
@@ -91,7 +93,8 @@ static inline void norm_row(const Norm& norm, const float* x, float* y, int64_t 
   scale_rows<silu, 1>(norm, moments<1>(norm, {x, 0}, n), {x, 0}, {y, 0}, n);
 }
 
-// Calls body(first row, groups of kBeside rows) for most of M rows; returns how many.
+// Calls body(first row, groups of kBeside rows) for all but the last M % kBeside rows; returns the
+// first of those.
 template <typename Body>
 static inline int64_t by_groups(int64_t M, const Body& body) {
   int64_t i = 0;
@@ -137,9 +140,11 @@ static inline Projection<R> xhat_gradient(
     for (int k = 0; k < R; ++k) {
       const Vec xhat = (load_some(x[k] + i, c, m.mean.row[k][0]) - m.mean.row[k]) * m.r.row[k];
       Vec dn = load_some(dy[k] + i, c);
-      __builtin_prefetch(x[k + kAhead] + i);
-      __builtin_prefetch(grad[k + kAhead] + i, 1);
-      __builtin_prefetch(dy[k + kAhead] + i);
+      if constexpr (R > 1) {
+        __builtin_prefetch(x[k + kAhead] + i);
+        __builtin_prefetch(grad[k + kAhead] + i, 1);
+        __builtin_prefetch(dy[k + kAhead] + i);
+      }
       if (silu) {
         const Vec v = xhat * scale + shift, s = sigmoid(v);
         dn *= s * (1.0f + v * (1.0f - s));

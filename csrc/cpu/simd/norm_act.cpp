@@ -66,7 +66,8 @@ int64_t rows_of_block(int64_t n) {
 }
 
 void prefetch(const uint16_t* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i, 0, 2);
+  constexpr int64_t line = 64 / sizeof *x;  // elements of a cache line
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(x + i, 0, 2);
 }
 
 }  // namespace

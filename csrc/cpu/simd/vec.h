@@ -82,8 +82,12 @@ static inline Vec reciprocal(Vec x) {
 }
 #else
 static inline Vec rsqrt(Vec x) {
+#if defined(__AVX2__)
+  return 1.0f / Vec(_mm256_sqrt_ps(x));
+#else
   for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
   return 1.0f / x;
+#endif
 }
 static inline Vec max(Vec x, Vec y) { return x > y ? x : y; }
 static inline Vec min(Vec x, Vec y) { return x < y ? x : y; }
