@@ -71,10 +71,13 @@ def _timing(shape: tuple[int, ...], by: dict[str, dict[str, Any]]) -> str:
 
 def measured_on() -> str:
     """Where the latest timings of operators were made."""
-    last = timings()[-1]
+    rows = timings()
+    keys = ("operator", "pass", "backend")
+    latest = {(tuple(row["shape"]), *(row[key] for key in keys)): row for row in rows}
+    last, commits = rows[-1], ", ".join(sorted({row["commit"] for row in latest.values()}))
     return (
         f"{last['device']}, {last['threads']} thread(s), PyTorch {last['versions']['torch']}, "
-        f"commit {last['commit']}."
+        f"commits {commits}."
     )
 
 

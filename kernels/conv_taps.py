@@ -33,13 +33,10 @@ BACKWARD = {
 GRADIENT = {**FORWARD, "upsample": BACKWARD["upsample"], "transpose": BACKWARD["transpose"]}
 
 
-_FULL = torch.autocast("cpu", enabled=False)  # within mixed precision einsum would round
-
-
-@_FULL
 def _by_taps(weight: Tensor, taps: Tensor) -> Tensor:
     """(A, B, k, l) -> (parities, parities, taps, taps, A, B)."""
-    return torch.einsum("ptk,qsl,abkl->pqtsab", taps, taps, weight).contiguous()
+    with torch.autocast("cpu", enabled=False):  # mixed precision would round
+        return torch.einsum("ptk,qsl,abkl->pqtsab", taps, taps, weight).contiguous()
 
 
 def forward_weight(weight: Tensor, kind: str) -> Tensor:
@@ -52,9 +49,9 @@ def backward_weight(weight: Tensor, kind: str) -> Tensor:
     return _by_taps(weight.transpose(0, 1) if kind == "transpose" else weight, BACKWARD[kind])
 
 
-@_FULL
 def weight_gradient(dweight: Tensor, kind: str) -> Tensor:
     """(taps, taps, C, O), or (taps, taps, O, C) where it doubles -> as the weight."""
     taps = GRADIENT[kind][0]
-    dweight = torch.einsum("tk,sl,tsab->abkl", taps, taps, dweight)
+    with torch.autocast("cpu", enabled=False):
+        dweight = torch.einsum("tk,sl,tsab->abkl", taps, taps, dweight)
     return dweight if kind == "upsample" else dweight.transpose(0, 1).contiguous()

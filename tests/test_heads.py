@@ -125,7 +125,10 @@ def test_layer_by_layer(compiled):
 
 
 def test_bfloat16_by_amx_multiplies_latents_too(compiled, operator, monkeypatch):
-    """There products cost less than the rows in their place; by any set the distance is small."""
+    """There products cost less than the rows in their place.
+
+    A factor is off by 2^-9 at most; the mean in symlog space enlarges that of its outputs.
+    """
     monkeypatch.setattr(library, "isa", lambda: "amx")
     inputs = make_inputs(SHAPES[0])
     with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
@@ -134,7 +137,7 @@ def test_bfloat16_by_amx_multiplies_latents_too(compiled, operator, monkeypatch)
     first = sum(head.layers[0].weight.numel() for head in given)
     assert counter.get_total_flops() >= 2 * len(feat) * first
     for y, expected in zip(actual, heads(*inputs[:-1], EPS), strict=True):
-        assert (y - expected).norm() <= 2**-5 * expected.norm()
+        assert (y - expected).norm() <= 2**-6 * expected.norm()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -150,11 +153,11 @@ def test_mixed_precision(cpp, monkeypatch, shared):
     for head, y, exact in zip(inputs[2], actual, expected, strict=True):
         assert y.dtype == torch.float32
         assert head.trained or torch.equal(y, exact)
-        assert (y - exact).norm() <= 2**-5 * exact.norm()
+        assert (y - exact).norm() <= 2**-7 * exact.norm()
         if head.trained:
             wanted = [w for layer in head.layers for w in layer if w is not None]
             grads = [torch.autograd.grad(v.sum(), wanted) for v in (y, exact)]
-            assert all((g - e).norm() <= 2**-4 * e.norm() for g, e in zip(*grads, strict=True))
+            assert all((g - e).norm() <= 2**-7 * e.norm() for g, e in zip(*grads, strict=True))
 
 
 def test_more_axes(compiled, operator):
