@@ -104,15 +104,26 @@ static inline void pack_panel(
 }
 
 #ifdef FD_TILES
-// 16 rows, or 32 with `two`, by 32 columns of sums (32, 32) of products over `pairs` pairs.
+// 16 rows, or 32 with `two`, by 32 columns of C = or += products over `pairs` pairs.
 template <bool two>
-static inline void multiply_tiles(int64_t pairs, const int32_t* A, const int32_t* B, float* sums) {
+static inline void multiply_tiles(
+    int64_t pairs, const int32_t* A, const int32_t* B, float* C, int64_t ldc, bool add_to) {
   __asm__ volatile("" ::: "memory");  // not every compiler knows that loads of tiles read memory
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (two) {
-    _tile_zero(2);
-    _tile_zero(3);
+  float* below = C + kTileRows * ldc;
+  if (add_to) {
+    _tile_loadd(0, C, ldc * 4);
+    _tile_loadd(1, C + 16, ldc * 4);
+    if constexpr (two) {
+      _tile_loadd(2, below, ldc * 4);
+      _tile_loadd(3, below + 16, ldc * 4);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t k = 0; k < pairs; k += kTilePairs) {
     const int32_t* right = B + k * kPanel;
@@ -127,26 +138,44 @@ static inline void multiply_tiles(int64_t pairs, const int32_t* A, const int32_t
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, kPanel * 4);
-  _tile_stored(1, sums + 16, kPanel * 4);
+  _tile_stored(0, C, ldc * 4);
+  _tile_stored(1, C + 16, ldc * 4);
   if constexpr (two) {
-    _tile_stored(2, sums + kTileRows * kPanel, kPanel * 4);
-    _tile_stored(3, sums + kTileRows * kPanel + 16, kPanel * 4);
+    _tile_stored(2, below, ldc * 4);
+    _tile_stored(3, below + 16, ldc * 4);
   }
+}
+
+// The same for the first rows and columns of C alone.
+template <bool two>
+static inline void multiply_some(
+    int64_t pairs, const int32_t* A, const int32_t* B, float* C, int64_t ldc, int64_t rows,
+    int64_t columns, bool add_to) {
+  alignas(64) float whole[2 * kTileRows * kPanel] = {};
+  if (add_to)
+    for (int64_t i = 0; i < rows; ++i) copy(C + i * ldc, whole + i * kPanel, columns);
+  multiply_tiles<two>(pairs, A, B, whole, kPanel, true);
+  for (int64_t i = 0; i < rows; ++i) copy(whole + i * kPanel, C + i * ldc, columns);
 }
 
 // `columns` of a panel for the rows of a block.
 static inline void multiply_panel(
     int64_t rows, int64_t pairs, const int32_t* A, int64_t, const int32_t* B, float* C, int64_t ldc,
     int64_t columns, bool add_to) {
-  alignas(64) float sums[2 * kTileRows * kPanel];
-  for (int64_t m = 0; m < rows; m += 2 * kTileRows) {
-    if (rows - m > kTileRows) multiply_tiles<true>(pairs, A + m * kBlockStride, B, sums);
-    else multiply_tiles<false>(pairs, A + m * kBlockStride, B, sums);
-    for (int64_t i = 0; i < 2 * kTileRows && m + i < rows; ++i) {
-      if (add_to) add(sums + i * kPanel, C + (m + i) * ldc, columns);
-      else copy(sums + i * kPanel, C + (m + i) * ldc, columns);
-    }
+  int64_t m = 0;
+  for (; m + 2 * kTileRows <= rows && columns == kPanel; m += 2 * kTileRows)
+    multiply_tiles<true>(pairs, A + m * kBlockStride, B, C + m * ldc, ldc, add_to);
+  for (; m < rows; m += 2 * kTileRows) {
+    const int64_t left = rows - m;
+    const int32_t* a = A + m * kBlockStride;
+    float* c = C + m * ldc;
+    if (left == kTileRows && columns == kPanel)
+      multiply_tiles<false>(pairs, a, B, c, ldc, add_to);
+    else if (left <= kTileRows)
+      multiply_some<false>(pairs, a, B, c, ldc, left, columns, add_to);
+    else
+      multiply_some<true>(
+          pairs, a, B, c, ldc, left < 2 * kTileRows ? left : 2 * kTileRows, columns, add_to);
   }
 }
 #else

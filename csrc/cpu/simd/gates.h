@@ -18,19 +18,34 @@ static inline Norm norm_of(const fd_gru& cell) {
   return {cell.scale, cell.shift, cell.cell == FD_CELL_GRU, cell.eps};
 }
 
-// next = u tanh(r c) + (1 - u) h with r, c, u = sigmoid(reset), cand, sigmoid(update - 1); the
-// gates of each of G groups of D / G units lie behind one another.
+// N vectors of `count` lanes: function after function, because each is one long chain of operations
+// and the processor does not look far enough ahead to start the next vector's meanwhile.
+template <int N>
 static inline void apply_gates(
-    const float* gates, const float* h, float* next, int64_t D, int64_t groups) {
-  const int64_t width = D / groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    const float *reset = gates + 3 * g * width, *cand = reset + width, *update = cand + width;
-    by_vectors(width, [&](int64_t i, int c) {
-      const Vec u = sigmoid(load_some(update + i, c) - 1.0f);
-      const Vec value = tanh(sigmoid(load_some(reset + i, c)) * load_some(cand + i, c));
-      const Vec old = load_some(h + g * width + i, c);
-      store_some(next + g * width + i, u * value + (1.0f - u) * old, c);
-    });
+    const float* reset, const float* cand, const float* update, const float* h, float* next,
+    int count) {
+  Vec value[N], u[N];
+  for (int j = 0; j < N; ++j)
+    value[j] = sigmoid(load_some(reset + j * kLanes, count)) * load_some(cand + j * kLanes, count);
+  for (int j = 0; j < N; ++j) u[j] = sigmoid(load_some(update + j * kLanes, count) - 1.0f);
+  for (int j = 0; j < N; ++j) value[j] = tanh(value[j]);
+  for (int j = 0; j < N; ++j) {
+    const Vec old = load_some(h + j * kLanes, count);
+    store_some(next + j * kLanes, u[j] * value[j] + (1.0f - u[j]) * old, count);
+  }
+}
+
+// next = u tanh(r c) + (1 - u) h with r, c, u = sigmoid(reset), cand, sigmoid(update - 1), which
+// lie behind one another for `width` units.
+static inline void apply_gates(const float* gates, const float* h, float* next, int64_t width) {
+  constexpr int kAtOnce = 4;
+  const float *reset = gates, *cand = gates + width, *update = cand + width;
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes <= width; i += kAtOnce * kLanes)
+    apply_gates<kAtOnce>(reset + i, cand + i, update + i, h + i, next + i, kLanes);
+  for (; i < width; i += kLanes) {
+    const int count = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+    apply_gates<1>(reset + i, cand + i, update + i, h + i, next + i, count);
   }
 }
 
@@ -74,11 +89,11 @@ class Gates {
 
   // Floats of scratch for M rows.
   int64_t scratch(int64_t M) const {
-    return cell_.deter * (cell_.cell == FD_CELL_GRU ? 3 : M);
+    return M * cell_.deter * (cell_.cell == FD_CELL_GRU || cell_.blocks < 3 ? 3 : 1);
   }
 
   // next (M, D) from h (M, D) and x (M, U); hidden (M, D; blocks only) and gates (M, 3 D) are what
-  // the backward pass needs, see fd_observe.
+  // the backward pass needs, see fd_observe. Without gates nothing is kept.
   void step(
       int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> hidden, Rows<float> gates,
       Rows<float> next, float* scratch) const {
@@ -91,11 +106,14 @@ class Gates {
       int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> gates, Rows<float> next,
       float* scratch) const {
     const int64_t D = cell_.deter;
-    gemm(M, h.data, h.stride, state_[0], gates.data, gates.stride);
-    gemm(M, x.data, x.stride, input_[0], gates.data, gates.stride, true);
-    for (int64_t m = 0; m < M; ++m) {
-      norm_row<false>(norm_of(cell_), gates[m], scratch, 3 * D);
-      apply_gates(scratch, h[m], next[m], D, 1);
+    const Rows<float> normed{scratch, 3 * D}, raw = gates.data ? gates : normed;
+    gemm(M, h.data, h.stride, state_[0], raw.data, raw.stride);
+    gemm(M, x.data, x.stride, input_[0], raw.data, raw.stride, true);
+    for (int64_t m = 0; m < M; m += kAhead) {
+      const int64_t rows = M - m < kAhead ? M - m : kAhead;
+      norm_each_row<false>(
+          norm_of(cell_), rows, raw[m], raw.stride, normed[m], normed.stride, 3 * D);
+      for (int64_t i = m; i < m + rows; ++i) apply_gates(normed[i], h[i], next[i], D);
     }
   }
 
@@ -109,12 +127,16 @@ class Gates {
       gemm(M, h.data + g * width, h.stride, state_[g], part, hidden.stride, true);
       gemm(M, x.data, x.stride, input_[g], part, hidden.stride, true);
     }
-    const Rows<float> z{scratch, D};
-    norm_each_row<true>(norm_of(cell_), M, hidden.data, hidden.stride, z.data, D, D);
-    start_rows(gates, cell_.gate_bias, M, 3 * D);
-    for (int64_t g = 0; g < G; ++g)
-      gemm(M, z.data + g * width, D, gates_[g], gates.data + 3 * g * width, gates.stride, true);
-    for (int64_t m = 0; m < M; ++m) apply_gates(gates[m], h[m], next[m], D, G);
+    const Rows<float> z = gates.data ? Rows<float>{scratch, D} : hidden;
+    norm_each_row<true>(norm_of(cell_), M, hidden.data, hidden.stride, z.data, z.stride, D);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t at = g * width;
+      const Rows<float> group = gates.data ? Rows<float>{gates.data + 3 * at, gates.stride}
+                                           : Rows<float>{scratch, 3 * width};
+      start_rows(group, cell_.gate_bias + 3 * at, M, 3 * width);
+      gemm(M, z.data + at, z.stride, gates_[g], group.data, group.stride, true);
+      for (int64_t m = 0; m < M; ++m) apply_gates(group[m], h[m] + at, next[m] + at, width);
+    }
   }
 
   fd_gru cell_;

@@ -7,9 +7,6 @@
 namespace fastdreamer {
 namespace FD_ISA {
 
-void latent_gather_rows(
-    const float* table, const int32_t* index, float* y, int64_t begin, int64_t end, int64_t S,
-    int64_t K, int64_t O);
 void twohot_mean_rows(
     const float* logits, const float* bins, float* mean, int64_t rows, int64_t K, int64_t stride);
 
@@ -64,9 +61,10 @@ class Heads {
     const Rows<float> first{memory.get(), wide_}, x{first[M], width_}, y{x[M], width_};
     const float* deter = args_.feat + begin * features_ + (args_.deter_first ? 0 : latent_);
     start_rows(first, bias_.get(), M, wide_);
-    latent_gather_rows(
-        by_stoch_.get(), args_.index + begin * args_.stoch, first.data, 0, M, args_.stoch,
-        args_.classes, wide_);
+    for (int64_t m = 0; m < M; ++m)
+      gather_row(
+          by_stoch_.get(), args_.index + (begin + m) * args_.stoch, args_.stoch, args_.classes,
+          wide_, first[m]);
     gemm(M, deter, features_, by_deter_, first.data, wide_, true);
     for (int64_t i = 0, at = 0; i < args_.count; at += args_.heads[i++].layers[0].outputs)
       run_head(i, begin, M, {first.data + at, wide_}, x, y);

@@ -1,51 +1,13 @@
 // A linear layer on features whose latents are one-hot: their product is a sum of rows.
-#include <stdint.h>
-
-#include "vec.h"
+#include "gather.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
-namespace {
-
-// Sums at most kHeld vectors of a row in registers.
-constexpr int kHeld = 8;
-
-template <int held>
-inline void sum_rows(
-    const float* table, const int32_t* index, int64_t S, int64_t K, int64_t O, float* y) {
-  Vec total[held];
-  for (int v = 0; v < held; ++v) total[v] = load(y + v * kLanes);
-  for (int64_t s = 0; s < S; ++s) {
-    if (index[s] < 0) continue;
-    const float* row = table + (s * K + index[s]) * O;
-    for (int v = 0; v < held; ++v) total[v] += load(row + v * kLanes);
-  }
-  for (int v = 0; v < held; ++v) store(y + v * kLanes, total[v]);
-}
-
-inline void sum_some(
-    const float* table, const int32_t* index, int64_t S, int64_t K, int64_t O, float* y, int n) {
-  Vec total = load_some(y, n);
-  for (int64_t s = 0; s < S; ++s)
-    if (index[s] >= 0) total += load_some(table + (s * K + index[s]) * O, n);
-  store_some(y, total, n);
-}
-
-}  // namespace
-
 // y (O) of rows begin .. end - 1 += the table's rows (S K, O) of each latent's class.
 void latent_gather_rows(
     const float* table, const int32_t* index, float* y, int64_t begin, int64_t end, int64_t S,
     int64_t K, int64_t O) {
-  for (int64_t n = begin; n < end; ++n) {
-    const int32_t* classes = index + n * S;
-    float* row = y + n * O;
-    int64_t o = 0;
-    for (; o + kHeld * kLanes <= O; o += kHeld * kLanes)
-      sum_rows<kHeld>(table + o, classes, S, K, O, row + o);
-    for (; o + kLanes <= O; o += kLanes) sum_rows<1>(table + o, classes, S, K, O, row + o);
-    if (o < O) sum_some(table + o, classes, S, K, O, row + o, static_cast<int>(O - o));
-  }
+  for (int64_t n = begin; n < end; ++n) gather_row(table, index + n * S, S, K, O, y + n * O);
 }
 
 // The table's gradient for latents first .. last - 1: each row of dy (N, O) is added to the row of

@@ -228,7 +228,7 @@ class Step {
     product(joint, M_, hx, gates);
     for (int64_t m = 0; m < M_; ++m) {
       norm_row<false>(norm_of(cell), gates[m], gates[m], 3 * D);
-      apply_gates(gates[m], hx[m], next[m], D, 1);
+      apply_gates(gates[m], hx[m], next[m], D);
     }
   }
 
@@ -255,7 +255,9 @@ class Step {
                       cell.gate_weight + g * width * 3 * width,
                       {gates.data + 3 * g * width, gates.stride});
     });
-    for (int64_t m = 0; m < M_; ++m) apply_gates(gates[m], hx[m], next[m], D, G);
+    for (int64_t m = 0; m < M_; ++m)
+      for (int64_t at = 0; at < D; at += width)
+        apply_gates(gates[m] + 3 * at, hx[m] + at, next[m] + at, width);
   }
 
   void posterior(Rows<float> deter, Rows<int32_t> index, Rows<float> x, Rows<float> y) const {
@@ -274,9 +276,9 @@ class Step {
     const Rows<float> logits{y.data, latent_};
     start_rows(logits, model_.head[1].bias, M_, latent_);
     product(model_.head[1], M_, {x.data, x.stride}, logits);
-    unimix_rows(logits.data, logits.data, 0, M_ * model_.stoch, model_.classes, model_.mix);
-    for (int64_t m = 0; m < M_; ++m)
-      draw_latents(model_, logits[m], args_.noise + m * latent_, index[m]);
+    draw_latents(
+        M_, model_.stoch, model_.classes, model_.mix, {logits.data, latent_},
+        {args_.noise, latent_}, {nullptr, 0}, index);
   }
 
   void act(Rows<const float> deter, Rows<const int32_t> index, Rows<float> x, Rows<float> y) const {

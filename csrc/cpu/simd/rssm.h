@@ -3,6 +3,7 @@
 #define FASTDREAMER_CPU_SIMD_RSSM_H
 
 #include "fastdreamer.h"
+#include "gather.h"
 #include "gemm.h"
 #include "norm.h"
 #include "rows.h"
@@ -32,31 +33,13 @@ class Table {
   }
   // y += the rows of each latent's class.
   void gather(const int32_t* index, int64_t stoch, int64_t classes, float* y) const {
-    for (int64_t s = 0; s < stoch; ++s)
-      if (index[s] >= 0) add(data_.get() + (s * classes + index[s]) * outputs_, y, outputs_);
+    gather_row(data_.get(), index, stoch, classes, outputs_, y);
   }
 
  private:
   int64_t outputs_ = 0;
   Buffer data_;
 };
-
-// The first class of the greatest logp + noise.
-static inline int32_t draw(const float* logp, const float* noise, int64_t n) {
-  int32_t best = 0;
-  float highest = logp[0] + noise[0];
-  for (int64_t i = 1; i < n; ++i) {
-    const float value = logp[i] + noise[i];
-    if (value > highest) highest = value, best = static_cast<int32_t>(i);
-  }
-  return best;
-}
-
-static inline void draw_latents(
-    const fd_rssm& model, const float* logp, const float* noise, int32_t* index) {
-  for (int64_t s = 0; s < model.stoch; ++s)
-    index[s] = draw(logp + s * model.classes, noise + s * model.classes, model.classes);
-}
 
 static inline void write_one_hot(const fd_rssm& model, const int32_t* index, float* stoch) {
   fill(stoch, 0, model.stoch * model.classes);
@@ -72,9 +55,13 @@ static inline void limit_action(const fd_rssm& model, const float* from, float* 
   }
 }
 
+
+// One-hot of the first class of the greatest logp + noise.
 static inline void draw_action(const float* logp, const float* noise, float* action, int64_t n) {
-  const int32_t drawn = draw(logp, noise, n);
-  for (int64_t i = 0; i < n; ++i) action[i] = i == drawn;
+  int64_t best = 0;
+  for (int64_t i = 1; i < n; ++i)
+    if (logp[i] + noise[i] > logp[best] + noise[best]) best = i;
+  for (int64_t i = 0; i < n; ++i) action[i] = i == best;
 }
 
 // mean + std noise with mean = tanh(raw), std = 0.9 sigmoid(raw + 2) + 0.1.

@@ -60,12 +60,10 @@ class Rollout {
     const int64_t M = end - begin, D = model_.deter, S = model_.stoch, A = model_.action;
     const int64_t wide = prior_.width() > policy_.width() ? prior_.width() : policy_.width();
     const int64_t width = wide > 2 * A ? wide : 2 * A;
-    const Buffer memory(
-        cell_.scratch(M) + M * (input_width(model_) + 5 * D + 3 * width + latent_));
+    const Buffer memory(cell_.scratch(M) + M * (input_width(model_) + D + 2 * width + A));
     const Rows<float> inputs{memory.get(), input_width(model_)}, hidden{inputs[M], D};
-    const Rows<float> gates{hidden[M], 3 * D}, x{gates[M], width}, y{x[M], width};
-    const Rows<float> logp{y[M], latent_};
-    float* scratch = logp[M];
+    const Rows<float> none{nullptr, 0}, x{hidden[M], width}, y{x[M], width};
+    float* scratch = y[M];
     const int64_t steps = args_.H + 1, F = D + latent_;
     for (int64_t t = 0; t < steps; ++t) {
       const Rows<float> feat{args_.feat + (begin * steps + t) * F, steps * F};
@@ -81,8 +79,8 @@ class Rollout {
         const Rows<float> taken{scratch, A};
         for (int64_t m = 0; m < M; ++m) limit_action(model_, action[m] - A, taken[m]);
         cell_.step(
-            M, old, drawn, {taken.data, A}, {inputs, hidden, gates}, deter, scratch + M * A);
-        draw_prior(begin, M, t - 1, deter, index, x, y, logp);
+            M, old, drawn, {taken.data, A}, {inputs, hidden, none}, deter, scratch + M * A);
+        draw_prior(begin, M, t - 1, deter, index, x, y);
       }
       for (int64_t m = 0; m < M; ++m) write_one_hot(model_, index[m], stoch[m]);
       act(begin, M, t, deter, index, action, x, y);
@@ -100,7 +98,7 @@ class Rollout {
 
   void draw_prior(
       int64_t begin, int64_t M, int64_t t, Rows<float> deter, Rows<int32_t> index, Rows<float> x,
-      Rows<float> y, Rows<float> logp) const {
+      Rows<float> y) const {
     Rows<const float> from{deter.data, deter.stride};
     for (int64_t i = 0; i < model_.head_layers; ++i) {
       const Rows<float> to{(i % 2 ? y : x).data, model_.head[i].outputs};
@@ -108,11 +106,9 @@ class Rollout {
       prior_.activate(i, M, to);
       from = {to.data, to.stride};
     }
-    unimix_rows(from.data, logp.data, 0, M * model_.stoch, model_.classes, model_.mix);
-    for (int64_t m = 0; m < M; ++m) {
-      const float* noise = args_.noise + ((begin + m) * args_.H + t) * latent_;
-      draw_latents(model_, logp[m], noise, index[m]);
-    }
+    draw_latents(
+        M, model_.stoch, model_.classes, model_.mix, from,
+        {args_.noise + (begin * args_.H + t) * latent_, args_.H * latent_}, {nullptr, 0}, index);
   }
 
   void act(

@@ -73,11 +73,9 @@ void forward_rows(
     for (int64_t m = 0; m < M; ++m) norm_row<true>(norm, before[m], x[m], U);
     start_rows(logits, model.head[1].bias, M, latent);
     gemm(M, x.data, U, out, logits.data, latent, true);
-    for (int64_t m = 0; m < M; ++m) {
-      float* logp = at.rows(scan.logp, latent)[m];
-      unimix_rows(logits[m], logp, 0, S, model.classes, model.mix);
-      draw_latents(model, logp, at.rows(scan.noise, latent)[m], at.rows(scan.index, S)[m]);
-    }
+    draw_latents(
+        M, S, model.classes, model.mix, {logits.data, latent}, at.rows(scan.noise, latent),
+        at.rows(scan.logp, latent), at.rows(scan.index, S));
   }
 }
 

@@ -15,27 +15,59 @@ static inline void by_rows(int64_t begin, int64_t end, const Body& body) {
   by_vectors(end - begin, [&](int64_t i, int rows) { body(begin + i, rows); });
 }
 
-// logp = ln(floor + (1 - mix) softmax(x)), floor = mix / K
+// logp = ln(floor + (1 - mix) softmax(x)), floor = mix / K, of the tile's rows
+static inline void unimix_tile(Tile& tile, int64_t K, float mix) {
+  const float floor = mix / static_cast<float>(K);
+  Vec best = tile.get(0), total{};
+  for (int64_t k = 1; k < K; ++k) best = max(best, tile.get(k));
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec e = exp(tile.get(k) - best);
+    total += e;
+    if (mix != 0) tile.set(k, e);
+  }
+  const Vec scale = (1.0f - mix) / total, log_total = best + log(total);
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec v = tile.get(k);
+    tile.set(k, mix != 0 ? log(v * scale + floor) : v - log_total);
+  }
+}
+
+// The first of the largest left + right of each row; a NaN is larger than any number, as in PyTorch.
+static inline IntVec first_largest(const Tile& left, const Tile& right, int64_t K) {
+  Vec best = left.get(0) + right.get(0);
+  IntVec index{};
+  for (int64_t k = 1; k < K; ++k) {
+    const Vec v = left.get(k) + right.get(k);
+    const IntVec better = ((v > best) | (v != v)) & (best == best);
+    best = better ? v : best;
+    index = better ? IntVec{} + static_cast<int32_t>(k) : index;
+  }
+  return index;
+}
+
 void unimix_rows(
     const float* x, float* logp, int64_t begin, int64_t end, int64_t K, float mix) {
   Tile tile(K);
-  const float floor = mix / static_cast<float>(K);
   by_rows(begin, end, [&](int64_t row, int rows) {
     tile.read(x + row * K, rows);
-    Vec best = tile.get(0), total{};
-    for (int64_t k = 1; k < K; ++k) best = max(best, tile.get(k));
-    for (int64_t k = 0; k < K; ++k) {
-      const Vec e = exp(tile.get(k) - best);
-      total += e;
-      if (mix != 0) tile.set(k, e);
-    }
-    const Vec scale = (1.0f - mix) / total, log_total = best + log(total);
-    for (int64_t k = 0; k < K; ++k) {
-      const Vec v = tile.get(k);
-      tile.set(k, mix != 0 ? log(v * scale + floor) : v - log_total);
-    }
+    unimix_tile(tile, K, mix);
     tile.write(logp + row * K, rows);
   });
+}
+
+void draw_latents(
+    int64_t M, int64_t S, int64_t K, float mix, Rows<const float> x, Rows<const float> noise,
+    Rows<float> logp, Rows<int32_t> index) {
+  Tile tile(K), added(K);
+  for (int64_t m = 0; m < M; ++m)
+    by_rows(0, S, [&](int64_t s, int rows) {
+      tile.read(x[m] + s * K, rows);
+      unimix_tile(tile, K, mix);
+      if (logp.data) tile.write(logp[m] + s * K, rows);
+      added.read(noise[m] + s * K, rows);
+      const Vec drawn = from_bits(first_largest(tile, added, K));
+      store_some(reinterpret_cast<float*>(index[m] + s), drawn, rows);
+    });
 }
 
 // share = p - floor = (1 - mix) softmax;  dx = share (dlogp / p - sum(share dlogp / p) / (1 - mix))
@@ -118,21 +150,14 @@ void kl_rows_backward(
   });
 }
 
-// One-hot of the first largest logp + noise; a NaN is larger than any number, as in PyTorch.
+// One-hot of the first largest logp + noise.
 void sample_rows(
     const float* logp, const float* noise, float* onehot, int64_t begin, int64_t end, int64_t K) {
   Tile left(K), right(K);
   by_rows(begin, end, [&](int64_t row, int rows) {
     left.read(logp + row * K, rows);
     right.read(noise + row * K, rows);
-    Vec best = left.get(0) + right.get(0);
-    IntVec index{};
-    for (int64_t k = 1; k < K; ++k) {
-      const Vec v = left.get(k) + right.get(k);
-      const IntVec better = ((v > best) | (v != v)) & (best == best);
-      best = better ? v : best;
-      index = better ? IntVec{} + static_cast<int32_t>(k) : index;
-    }
+    const IntVec index = first_largest(left, right, K);
     for (int64_t i = 0; i < rows * K; ++i) onehot[row * K + i] = 0;
     for (int64_t i = 0; i < rows; ++i) onehot[(row + i) * K + index[i]] = 1;
   });
