@@ -53,7 +53,7 @@ constexpr int64_t kTileRows = 16, kTilePairs = 16;
 constexpr int64_t kTileRows = 1, kTilePairs = 1;
 #endif
 // Rows and pairs of the left matrix that are rounded at a time, and the pairs from row to row.
-constexpr int64_t kBlockRows = 48, kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
+constexpr int64_t kBlockRows = 128, kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
 
 static inline int64_t factors_of(int64_t K) { return round_up((K + 1) / 2, kTilePairs); }
 

@@ -69,6 +69,18 @@ static inline void apply_gates_backward(
   }
 }
 
+// The weights (U, D) by which the input enters all blocks of hidden units.
+static inline Buffer input_weights(const fd_gru& cell) {
+  const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
+  Buffer joined(U * D);
+  for (int64_t g = 0; g < cell.blocks; ++g) {
+    const float* block = cell.hidden_weight + (g * (width + U) + width) * width;
+    for (int64_t u = 0; u < U; ++u)
+      copy(block + u * width, joined.get() + u * D + g * width, width);
+  }
+  return joined;
+}
+
 // The weights behind the input layers, packed for the forward pass.
 class Gates {
  public:
@@ -76,13 +88,13 @@ class Gates {
     const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
     if (cell.cell == FD_CELL_GRU) {
       state_[0] = Packed(cell.gate_weight, D, 3 * D, 1, D + U);
-      input_[0] = Packed(cell.gate_weight + D, U, 3 * D, 1, D + U);
+      input_ = Packed(cell.gate_weight + D, U, 3 * D, 1, D + U);
       return;
     }
+    input_ = Packed(input_weights(cell).get(), U, D, D, 1);
     for (int64_t g = 0; g < cell.blocks; ++g) {
       const float* hidden = cell.hidden_weight + g * (width + U) * width;
       state_[g] = Packed(hidden, width, width, width, 1);
-      input_[g] = Packed(hidden + width * width, U, width, width, 1);
       gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, width, 3 * width, 3 * width, 1);
     }
   }
@@ -108,7 +120,7 @@ class Gates {
     const int64_t D = cell_.deter;
     const Rows<float> normed{scratch, 3 * D}, raw = gates.data ? gates : normed;
     gemm(M, h.data, h.stride, state_[0], raw.data, raw.stride);
-    gemm(M, x.data, x.stride, input_[0], raw.data, raw.stride, true);
+    gemm(M, x.data, x.stride, input_, raw.data, raw.stride, true);
     for (int64_t m = 0; m < M; m += kAhead) {
       const int64_t rows = M - m < kAhead ? M - m : kAhead;
       norm_each_row<false>(
@@ -122,11 +134,10 @@ class Gates {
       Rows<float> next, float* scratch) const {
     const int64_t D = cell_.deter, G = cell_.blocks, width = D / G;
     start_rows(hidden, cell_.hidden_bias, M, D);
-    for (int64_t g = 0; g < G; ++g) {
-      float* part = hidden.data + g * width;
-      gemm(M, h.data + g * width, h.stride, state_[g], part, hidden.stride, true);
-      gemm(M, x.data, x.stride, input_[g], part, hidden.stride, true);
-    }
+    gemm(M, x.data, x.stride, input_, hidden.data, hidden.stride, true);
+    for (int64_t at = 0; at < D; at += width)
+      gemm(
+          M, h.data + at, h.stride, state_[at / width], hidden.data + at, hidden.stride, true);
     const Rows<float> z = gates.data ? Rows<float>{scratch, D} : hidden;
     norm_each_row<true>(norm_of(cell_), M, hidden.data, hidden.stride, z.data, z.stride, D);
     for (int64_t g = 0; g < G; ++g) {
@@ -140,7 +151,7 @@ class Gates {
   }
 
   fd_gru cell_;
-  Packed state_[kMaxBlocks], input_[kMaxBlocks], gates_[kMaxBlocks];
+  Packed input_, state_[kMaxBlocks], gates_[kMaxBlocks];
 };
 
 // The same weights, packed for the backward pass.
@@ -150,13 +161,13 @@ class GatesGrad {
     const int64_t D = cell.deter, U = cell.inputs, width = D / cell.blocks;
     if (cell.cell == FD_CELL_GRU) {
       state_[0] = Packed(cell.gate_weight, 3 * D, D, D + U, 1);
-      input_[0] = Packed(cell.gate_weight + D, 3 * D, U, D + U, 1);
+      input_ = Packed(cell.gate_weight + D, 3 * D, U, D + U, 1);
       return;
     }
+    input_ = Packed(input_weights(cell).get(), D, U, 1, D);
     for (int64_t g = 0; g < cell.blocks; ++g) {
       const float* hidden = cell.hidden_weight + g * (width + U) * width;
       state_[g] = Packed(hidden, width, width, 1, width);
-      input_[g] = Packed(hidden + width * width, width, U, 1, width);
       gates_[g] = Packed(cell.gate_weight + g * width * 3 * width, 3 * width, width, 1, 3 * width);
     }
   }
@@ -187,7 +198,7 @@ class GatesGrad {
       norm_row_backward<false>(norm, gates[m], dgates[m], dgates[m], dnorm, dnorm + 3 * D, 3 * D);
     }
     gemm(M, dgates.data, dgates.stride, state_[0], dh.data, dh.stride, true);
-    gemm(M, dgates.data, dgates.stride, input_[0], dx.data, dx.stride, true);
+    gemm(M, dgates.data, dgates.stride, input_, dx.data, dx.stride, true);
   }
 
   void block_gru(
@@ -202,15 +213,14 @@ class GatesGrad {
       gemm(M, dgates.data + 3 * g * width, dgates.stride, gates_[g], dz.data + g * width, D);
     for (int64_t m = 0; m < M; ++m)
       norm_row_backward<true>(norm_of(cell_), hidden[m], dz[m], dhidden[m], dnorm, nullptr, D);
-    for (int64_t g = 0; g < G; ++g) {
-      const float* part = dhidden.data + g * width;
-      gemm(M, part, dhidden.stride, state_[g], dh.data + g * width, dh.stride, true);
-      gemm(M, part, dhidden.stride, input_[g], dx.data, dx.stride, true);
-    }
+    gemm(M, dhidden.data, dhidden.stride, input_, dx.data, dx.stride, true);
+    for (int64_t at = 0; at < D; at += width)
+      gemm(
+          M, dhidden.data + at, dhidden.stride, state_[at / width], dh.data + at, dh.stride, true);
   }
 
   fd_gru cell_;
-  Packed state_[kMaxBlocks], input_[kMaxBlocks], gates_[kMaxBlocks];
+  Packed input_, state_[kMaxBlocks], gates_[kMaxBlocks];
 };
 
 }  // namespace FD_ISA

@@ -18,6 +18,7 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t count)
       : data_(static_cast<float*>(aligned_alloc(64, (count * 4 + 127) / 64 * 64))) {}
+  Buffer(Buffer&& other) : data_(other.data_) { other.data_ = nullptr; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer& operator=(Buffer&& other) {

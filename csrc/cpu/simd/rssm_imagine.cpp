@@ -7,7 +7,20 @@ namespace fastdreamer {
 namespace FD_ISA {
 namespace {
 
-constexpr int64_t kRows = 48;  // of a tile: a multiple of every kTile
+// Rows of a tile: few, so that its values stay in a core's second cache, and more where the weights
+// do not fit in there anyway and every tile fetches them again, which slows fast products most.
+int64_t rows_of_tile(const fd_rssm& model) {
+#ifdef FD_PAIRS
+  constexpr int64_t kRowsOfLarge = kBlockRows;
+#else
+  constexpr int64_t kRowsOfLarge = 64;
+#endif
+  constexpr int64_t kRows = 48, kLarge = 1 << 19;
+  const fd_gru cell = gru_of(model);
+  const int64_t D = cell.deter, U = cell.inputs;
+  const bool gru = cell.cell == FD_CELL_GRU;
+  return (gru ? 3 * D * (D + U) : D * (4 * D / cell.blocks + U)) > kLarge ? kRowsOfLarge : kRows;
+}
 
 // Layers behind one another, packed.
 class Stack {
@@ -159,10 +172,11 @@ class Rollout {
 
 void rssm_imagine(const fd_rssm& model, const fd_imagine& args) {
   const Rollout rollout(model, args);
-  parallel_for((args.N + kRows - 1) / kRows, [&](int64_t tile) {
+  const int64_t rows = rows_of_tile(model);
+  parallel_for((args.N + rows - 1) / rows, [&](int64_t tile) {
     const TileScope tiles;
-    const int64_t end = (tile + 1) * kRows;
-    rollout.run(tile * kRows, end < args.N ? end : args.N);
+    const int64_t end = (tile + 1) * rows;
+    rollout.run(tile * rows, end < args.N ? end : args.N);
   });
 }
 
