@@ -19,7 +19,7 @@ import pytest
 import torch
 from operator_common import gradients as gradients_of
 from rounded import doubled, rounded, rounding
-from test_rssm import Draw, cells, gradients, make_policy, make_scan, make_weights
+from test_rssm import LARGE, Draw, cells, gradients, make_policy, make_scan, make_weights
 from test_sanitizers import build
 from torch import Tensor
 
@@ -44,7 +44,7 @@ SHAPES = [
     (19, 2, 24, 3, 4, 3, 7, 8),
     (13, 2, 40, 2, 5, 6, 33, 8),
     (33, 2, 70, 4, 3, 1, 35, 2),
-    (70, 1, 8, 3, 3, 2, 5, 1),
+    (150, 1, 8, 3, 3, 2, 5, 1),
 ]
 # B, D, U, G: also inputs, gates and rows of more than one block.
 STEPS = [(17, 24, 7, 8), (5, 3, 1, 1), (101, 10, 17, 2), (9, 33, 530, 1), (8, 350, 9, 2)]
@@ -213,6 +213,16 @@ def test_one_row_is_as_among_others(half, cell):
     for x, y, z in zip(every, again, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[32:], z)
+
+
+@cells
+def test_rows_of_a_large_tile_are_as_alone(half, cell):
+    """Those at the ends of the first tile, of tiles of 16 rows in it, and behind it."""
+    weights, policy, *rest = imagine_arguments(cell, LARGE, 2)
+    every = imagine(weights, policy, *rest, torch.bfloat16)
+    for rows in (slice(0, 1), slice(15, 17), slice(126, 130), slice(134, 135)):
+        alone = imagine(weights, policy, *(x[rows] for x in rest), torch.bfloat16)
+        assert all(torch.equal(x[rows], y) for x, y in zip(every, alone, strict=True))
 
 
 @cells

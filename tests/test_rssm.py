@@ -40,6 +40,8 @@ SHAPES = [
     (13, 2, 16, 3, 32, 1, 16, 1),
     (4, 1, 8, 1, 2, 1, 1, 8),
 ]
+# The weights of either cell do not fit in a core's cache: the rollout takes more rows at a time.
+LARGE = (135, 2, 384, 3, 5, 2, 400, 8)
 CELLS = ("gru", "block_gru")
 
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -305,6 +307,14 @@ def imagine_arguments(cell: str, shape: tuple[int, ...], kinds: str, dtype: torc
 def test_imagine(isa, cell, shape, kinds):
     shape = (shape[0] * 17, *shape[1:])  # more than one tile of rows, and a partial one
     arguments = imagine_arguments(cell, shape, kinds, torch.float32)
+    actual, expected = rssm_imagine_cpp(*arguments), rssm_imagine(*arguments)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@cells
+def test_imagine_of_a_large_model(isa, cell):
+    arguments = imagine_arguments(cell, LARGE, "d", torch.float32)
     actual, expected = rssm_imagine_cpp(*arguments), rssm_imagine(*arguments)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, **TOLERANCE)
