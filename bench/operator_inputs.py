@@ -66,9 +66,9 @@ def latent_linear(shape: tuple[int, ...]) -> list[Any]:
     index = torch.randint(classes, (rows, stoch), generator=g, dtype=torch.int32)
     onehot = (index.unsqueeze(-1) == torch.arange(classes)).float().flatten(1)
     feat = torch.cat([torch.randn(rows, deter, generator=g), onehot], 1)
-    weight = torch.randn(outputs, feat.shape[1], generator=g).requires_grad_()
+    weight = torch.randn(outputs, feat.shape[1], generator=g) / feat.shape[1] ** 0.5
     bias = torch.randn(outputs, generator=g).requires_grad_()
-    return [feat, index, weight, bias, deter, classes]
+    return [feat, index, weight.requires_grad_(), bias, deter, classes]
 
 
 def twohot(name: str, shape: tuple[int, int]) -> list[Any]:

@@ -127,7 +127,8 @@ def _fastest_rival(row: dict[str, Any]) -> str:
         return "- | -"
     name = min(row["rivals"], key=row["rivals"].get)
     rival = row["rivals_at"][name]
-    return f"{name} {rival['version']}: {_seconds(rival)} | {row['ratio']:.1f} x"
+    tried = "" if rival["compile"] else "; torch.compile not tried"
+    return f"{name} {rival['version']}: {_seconds(rival)}{tried} | {row['ratio']:.1f} x"
 
 
 def learning() -> str:

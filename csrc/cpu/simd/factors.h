@@ -47,13 +47,14 @@ static inline void pack_panel(
 typedef int32_t Factor;
 typedef IntVec FactorVec;
 constexpr int64_t kPanel = 32;
+// Rows and pairs of a tile of the left matrix, and how many rows are rounded at a time.
 #ifdef FD_TILES
-constexpr int64_t kTileRows = 16, kTilePairs = 16;
+constexpr int64_t kTileRows = 16, kTilePairs = 16, kBlockRows = 128;
 #else
-constexpr int64_t kTileRows = 1, kTilePairs = 1;
+constexpr int64_t kTileRows = 1, kTilePairs = 1, kBlockRows = 48;
 #endif
-// Rows and pairs of the left matrix that are rounded at a time, and the pairs from row to row.
-constexpr int64_t kBlockRows = 128, kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
+// Pairs that are rounded at a time, and those from row to row.
+constexpr int64_t kBlockPairs = 256, kBlockStride = kBlockPairs + 16;
 
 static inline int64_t factors_of(int64_t K) { return round_up((K + 1) / 2, kTilePairs); }
 

@@ -105,7 +105,8 @@ class Gates {
   }
 
   // next (M, D) from h (M, D) and x (M, U); hidden (M, D; blocks only) and gates (M, 3 D) are what
-  // the backward pass needs, see fd_observe. Without gates nothing is kept.
+  // the backward pass needs, see fd_observe. Without gates nothing is kept, and hidden is
+  // scratch.
   void step(
       int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> hidden, Rows<float> gates,
       Rows<float> next, float* scratch) const {
@@ -118,14 +119,14 @@ class Gates {
       int64_t M, Rows<const float> h, Rows<const float> x, Rows<float> gates, Rows<float> next,
       float* scratch) const {
     const int64_t D = cell_.deter;
-    const Rows<float> normed{scratch, 3 * D}, raw = gates.data ? gates : normed;
+    const Rows<float> raw = gates.data ? gates : Rows<float>{scratch, 3 * D};
     gemm(M, h.data, h.stride, state_[0], raw.data, raw.stride);
     gemm(M, x.data, x.stride, input_, raw.data, raw.stride, true);
     for (int64_t m = 0; m < M; m += kAhead) {
       const int64_t rows = M - m < kAhead ? M - m : kAhead;
-      norm_each_row<false>(
-          norm_of(cell_), rows, raw[m], raw.stride, normed[m], normed.stride, 3 * D);
-      for (int64_t i = m; i < m + rows; ++i) apply_gates(normed[i], h[i], next[i], D);
+      const Rows<float> normed{gates.data ? scratch : raw[m], 3 * D};
+      norm_each_row<false>(norm_of(cell_), rows, raw[m], raw.stride, normed.data, 3 * D, 3 * D);
+      for (int64_t i = 0; i < rows; ++i) apply_gates(normed[i], h[m + i], next[m + i], D);
     }
   }
 

@@ -3,6 +3,7 @@
 
 namespace fastdreamer {
 namespace FD_ISA {
+
 // y (O) of rows begin .. end - 1 += the table's rows (S K, O) of each latent's class.
 void latent_gather_rows(
     const float* table, const int32_t* index, float* y, int64_t begin, int64_t end, int64_t S,

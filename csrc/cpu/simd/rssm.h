@@ -55,7 +55,6 @@ static inline void limit_action(const fd_rssm& model, const float* from, float* 
   }
 }
 
-
 // One-hot of the first class of the greatest logp + noise.
 static inline void draw_action(const float* logp, const float* noise, float* action, int64_t n) {
   int64_t best = 0;

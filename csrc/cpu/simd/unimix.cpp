@@ -65,8 +65,9 @@ void draw_latents(
       unimix_tile(tile, K, mix);
       if (logp.data) tile.write(logp[m] + s * K, rows);
       added.read(noise[m] + s * K, rows);
-      const Vec drawn = from_bits(first_largest(tile, added, K));
-      store_some(reinterpret_cast<float*>(index[m] + s), drawn, rows);
+      const IntVec drawn = first_largest(tile, added, K);
+      if (rows == kLanes) store_bits(index[m] + s, drawn);
+      else for (int i = 0; i < rows; ++i) index[m][s + i] = drawn[i];
     });
 }
 
