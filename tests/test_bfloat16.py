@@ -216,8 +216,9 @@ def test_one_row_is_as_among_others(half, cell):
 
 
 @cells
-def test_rows_of_a_large_tile_are_as_alone(half, cell):
+def test_rows_of_a_large_tile_are_as_alone(half, cell, threads):
     """Those at the ends of the first tile, of tiles of 16 rows in it, and behind it."""
+    threads(1)
     weights, policy, *rest = imagine_arguments(cell, LARGE, 2)
     every = imagine(weights, policy, *rest, torch.bfloat16)
     for rows in (slice(0, 1), slice(15, 17), slice(126, 130), slice(134, 135)):
