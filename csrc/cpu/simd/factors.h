@@ -26,6 +26,7 @@ static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 typedef float Factor;
 typedef Vec FactorVec;
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel of B
+constexpr int64_t kBlockRows = 64;      // that read large weights once
 
 static inline int64_t factors_of(int64_t K) { return K; }
 static inline Vec load_factors(const float* p) { return load(p); }
@@ -51,7 +52,7 @@ constexpr int64_t kPanel = 32;
 #ifdef FD_TILES
 constexpr int64_t kTileRows = 16, kTilePairs = 16, kBlockRows = 128;
 #else
-constexpr int64_t kTileRows = 1, kTilePairs = 1, kBlockRows = 48;
+constexpr int64_t kTileRows = 1, kTilePairs = 1, kBlockRows = 64;
 #endif
 // Pairs that are rounded at a time, and those from row to row.
 constexpr int64_t kBlockPairs = 256, kBlockStride = kBlockPairs + 16;

@@ -8,21 +8,15 @@ namespace FD_ISA {
 namespace {
 
 // Rows of a tile: few, so that its values stay in a core's second cache, and more where the weights
-// do not fit in there anyway and every tile fetches them again; but every thread has its tile. 64
-// and 128 share the usual 1024 rows out evenly.
+// do not fit in there anyway and every tile fetches them again; but every thread has its tile.
 int64_t rows_of_tile(const fd_rssm& model, int64_t N) {
-#ifdef FD_TILES
-  constexpr int64_t kMost = kBlockRows;
-#else
-  constexpr int64_t kMost = 64;
-#endif
   constexpr int64_t kRows = 48, kLarge = 1 << 19;
   const fd_gru cell = gru_of(model);
   const int64_t D = cell.deter, U = cell.inputs, share = (N + thread_count() - 1) / thread_count();
   const bool gru = cell.cell == FD_CELL_GRU;
   const int64_t weights = gru ? 3 * D * (D + U) : D * (4 * D / cell.blocks + U);
   if (weights <= kLarge || share <= kRows) return kRows;
-  return share < kMost ? share : kMost;
+  return share < kBlockRows ? share : kBlockRows;
 }
 
 // Layers behind one another, packed.
