@@ -120,7 +120,7 @@ inline int32_t check_imagine(const fd_rssm* pointer, const fd_imagine* rollout) 
   if (args.N == 0) return FD_OK;
   if (any_null({args.start_deter, args.start_index, args.action_noise, args.feat, args.index,
                 args.action}) ||
-      (args.H > 0 && !args.noise))
+      (args.H > 0 && !args.noise) || !args.hidden != !args.kept)
     return FD_ERROR_NULL_POINTER;
   return FD_OK;
 }

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FD_ABI_VERSION 8
+#define FD_ABI_VERSION 9
 
 #if defined(__GNUC__)
 #define FD_API __attribute__((visibility("default")))
@@ -156,6 +156,8 @@ typedef struct fd_imagine {
   float* feat;                /* (N, H + 1, D + S K) */
   int32_t* index;             /* (N, H + 1, S) */
   float* action;              /* (N, H + 1, A) */
+  float* hidden;              /* (N, H + 1, outputs of the policy's last layer), or null; CPU only */
+  float* kept;                /* of the policy's layers as in fd_head, N (H + 1) rows; or null likewise */
   const fd_layer* policy;     /* hidden layers, the first over D + S K features */
   int64_t policy_layers;
   int32_t deter_first;        /* order of the features */

@@ -54,6 +54,16 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """(..., C) each -> (..., sum of C); one alone as it is, where ``torch.cat`` would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+
+
+def divide(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The inverse of `join`, also without a copy of its gradient where there is one part."""
+    return [x] if len(sizes) == 1 else x.split(list(sizes), -1)
+
+
 class Linear(nn.Linear):
     """Linear layer with the paper's initialisation; (..., I) -> (..., O)."""
 
@@ -252,7 +262,7 @@ class Encoder(nn.Module):
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         parts, dtype = [], next(self.parameters()).dtype
         if self.images:
-            x = torch.cat([obs[k] for k in self.images], -1)  # (..., H, W, C)
+            x = join([obs[k] for k in self.images])  # (..., H, W, C)
             lead = x.shape[:-3]
             x = x.flatten(0, -4)
             x = self.cnn(x if x.dtype == torch.uint8 else x.to(dtype) / 255 - 0.5)
@@ -261,7 +271,7 @@ class Encoder(nn.Module):
             parts.append(x.reshape(*lead, -1))
         if self.vectors:
             parts.append(self.mlp(self._vector(obs)))
-        return torch.cat(parts[::-1] if self.recipe.vectors_first else parts, -1)
+        return join(parts[::-1] if self.recipe.vectors_first else parts)
 
     def begin(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Layer, ...]]:
         """A vector (..., I) and the layers that make it the embedding.
@@ -367,7 +377,7 @@ class Decoder(nn.Module):
             x = full(self.cnn(x.permute(0, 2, 3, 1)))
             if self.squashes and not raw:
                 x = torch.sigmoid(x)
-            parts = x.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
+            parts = divide(x.unflatten(0, deter.shape[:-1]), self.channels)
             recon.update(zip(self.images, parts, strict=True))
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdreamer.agent import Agent
 from fastdreamer.config import LearnerConfig
-from fastdreamer.kernels.heads import Head
+from fastdreamer.kernels.heads import Head, Ran
 from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.losses import (
     ReturnScale,
@@ -141,8 +141,14 @@ class Objective:
             rollout = agent.world_model.rssm.imagine(start, agent.actor.weights(), noise)
         return self.judge(*rollout, cont)
 
-    def judge(self, feat: Tensor, latents: Latents, actions: Tensor, cont: Tensor) -> Imagined:
-        """Rewards, values and returns of a rollout; arguments as in :class:`Imagined`."""
+    def judge(
+        self, feat: Tensor, latents: Latents, actions: Tensor, ran: Ran | None, cont: Tensor
+    ) -> Imagined:
+        """Rewards, values and returns of a rollout; arguments as in :class:`Imagined`.
+
+        Args:
+            ran: what the policy's hidden layers gave for ``feat``, where that was kept.
+        """
         agent, config, ops, bins = self.agent, self.config, self.ops, self.recipe.bins
         model = agent.world_model
         given = [
@@ -150,7 +156,7 @@ class Objective:
             Head(agent.target_critic.weights(), bins),
             Head(model.cont.weights()),
             Head(agent.critic.weights(), trained=True),
-            Head(agent.actor.mlp.weights(), trained=True),
+            Head(agent.actor.mlp.weights(), trained=True, ran=ran),
         ]
         rewards, target_values, logits, value_logits, hidden = ops.heads(
             feat, latents, given, model.reward.eps

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
+from fastdreamer.kernels.heads import Ran
 from fastdreamer.kernels.latent_linear import Latents
 from fastdreamer.kernels.ops import Ops
 from fastdreamer.kernels.rssm_imagine import PolicyWeights
@@ -248,7 +249,7 @@ class RSSM(nn.Module):
     @torch.no_grad()
     def imagine(
         self, start: State, policy: PolicyWeights, noise: ImagineNoise
-    ) -> tuple[Tensor, Latents, Tensor]:
+    ) -> tuple[Tensor, Latents, Tensor, Ran | None]:
         """Rollout under ``policy``, without gradient.
 
         Args:
@@ -256,11 +257,12 @@ class RSSM(nn.Module):
             noise: stoch (N, H, S, K) and action (N, H + 1, A).
 
         Returns:
-            Features of the states (N, H + 1, D + S K), the start first, the latents in them, and
-            the action taken in each (N, H + 1, A).
+            Features of the states (N, H + 1, D + S K), the start first, the latents in them, the
+            action taken in each (N, H + 1, A), and what the policy's hidden layers gave, where the
+            backend kept it.
         """
-        feat, index, action = self.ops.rssm_imagine(
+        feat, index, action, ran = self.ops.rssm_imagine(
             self.weights(), policy, start.deter, start.stoch, noise.stoch, noise.action
         )
         begin = self.deter if self.recipe.deter_first else 0
-        return feat, Latents(index, begin, self.latent[1]), action
+        return feat, Latents(index, begin, self.latent[1]), action, ran

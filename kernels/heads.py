@@ -24,16 +24,28 @@ from .twohot import bins, symexp, twohot_mean
 MAX_FEATURE_HEADS = 16  # of one call, as in csrc/gru.h
 
 
+class Ran(NamedTuple):
+    """What layers gave for some rows, and what their gradient needs of that.
+
+    outputs: (..., O). kept: (rows * `kept_width`,), see ``fd_head``.
+    """
+
+    outputs: Tensor
+    kept: Tensor
+
+
 class Head(NamedTuple):
     """Layers behind one another on features.
 
     layers: all but perhaps the last with a norm. layout: of two-hot bins, whose mean is wanted;
     None for the outputs themselves. trained: with gradient to the weights; then without layout.
+    ran: of a trained one, where these layers ran on these features before.
     """
 
     layers: tuple[Layer, ...]
     layout: str | None = None
     trained: bool = False
+    ran: Ran | None = None
 
 
 def heads(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
@@ -113,15 +125,16 @@ def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float)
     if feat.dtype != torch.float32 or not fits or (mixed and library.has_amx()):
         return heads_by_operators(feat, latents, given, eps)
     _check_feat(feat)
-    held = [i for i, head in enumerate(given) if not (mixed and head.trained)]
+    said = {i: _differentiable(x, feat, latents, eps) for i, x in enumerate(given) if x.ran}
+    new = [i for i in range(len(given)) if i not in said]
+    held = [i for i in new if not (mixed and given[i].trained)]
     if held and sum(given[i].layers[0].weight.numel() for i in held) <= SHARED_WEIGHTS:
         groups = [held]
     else:
         groups = [[i] for i in held if not given[i].trained]
-    said: dict[int, Tensor] = {}
     for group in groups:
         said |= zip(group, _by_library(feat, latents, [given[i] for i in group], eps), strict=True)
-    rest = [i for i in range(len(given)) if i not in said]
+    rest = [i for i in new if i not in said]
     said |= zip(rest, heads_by_operators(feat, latents, [given[i] for i in rest], eps), strict=True)
     return [said[i] for i in range(len(given))]
 
@@ -137,16 +150,23 @@ def _by_library(feat: Tensor, latents: Latents, given: Sequence[Head], eps: floa
         )
     results, kept = [], iter(outputs[len(given) :])
     for head, y, wants in zip(given, outputs, trained, strict=False):
-        if wants:
-            weights = [x for layer in head.layers for x in layer]
-            options = (latents.start, latents.classes, eps)
-            y = _Trained.apply(y, next(kept), *rows, *options, *weights)
-        results.append(y.unflatten(0, feat.shape[:-1]))
+        y = y.unflatten(0, feat.shape[:-1])
+        ran = head._replace(ran=Ran(y, next(kept)) if wants else None)
+        results.append(_differentiable(ran, feat, latents, eps) if wants else y)
     return results
 
 
+def _differentiable(head: Head, feat: Tensor, latents: Latents, eps: float) -> Tensor:
+    """The outputs of a head that ran, with their gradient to its weights."""
+    assert head.ran is not None
+    rows = feat.flatten(0, -2), latents.drawn.flatten(0, -2)
+    options = (latents.start, latents.classes, eps)
+    weights = [x for layer in head.layers for x in layer]
+    return _Trained.apply(*head.ran, *rows, *options, *weights)
+
+
 class _Trained(torch.autograd.Function):
-    """A head whose outputs (N, O) are there already, with what was kept: its gradient."""
+    """A head whose outputs are there already, with what was kept: its gradient."""
 
     @staticmethod
     def forward(
@@ -175,6 +195,7 @@ class _Trained(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head = Head(tuple(Layer(*weights[i : i + 4]) for i in range(0, len(weights), 4)))
         before, inputs = _kept_matrices(kept, head, feat)
+        dy = dy.flatten(0, -2)
         grads: list[Tensor | None] = []
         for i, (weight, bias, scale, shift) in reversed(list(enumerate(head.layers))):
             dscale = dshift = None
@@ -197,15 +218,20 @@ def _first_gradient(dy: Tensor, feat: Tensor, index: Tensor, start: int, classes
     return torch.ops.fastdreamer.latent_linear_backward(dy, feat, index, start, classes)
 
 
-def _kept_widths(head: Head) -> list[int]:
-    """Of the matrices that are kept of a head, in the order of ``fd_head``."""
-    normed = [(i, x.weight.shape[0]) for i, x in enumerate(head.layers) if x.scale is not None]
-    return [n for i, n in normed for _ in range(1 + (i + 1 < len(head.layers)))]
+def kept_width(layers: Sequence[Layer]) -> int:
+    """Numbers that are kept of a row."""
+    return sum(_kept_widths(layers))
+
+
+def _kept_widths(layers: Sequence[Layer]) -> list[int]:
+    """Of the matrices that are kept, in the order of ``fd_head``."""
+    normed = [(i, x.weight.shape[0]) for i, x in enumerate(layers) if x.scale is not None]
+    return [n for i, n in normed for _ in range(1 + (i + 1 < len(layers)))]
 
 
 def _kept_matrices(kept: Tensor, head: Head, feat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What each layer's norm took, and what each layer took."""
-    widths, rows = _kept_widths(head), len(feat)
+    widths, rows = _kept_widths(head.layers), len(feat)
     parts = kept.split([rows * n for n in widths])
     matrices = [x.view(rows, n) for x, n in zip(parts, widths, strict=True)]
     return matrices[::2], [feat, *matrices[1::2]]
@@ -282,7 +308,7 @@ def _fake(
     outputs = ((h.layers[-1].weight.shape[0], h.layout) for h in given)
     results = [feat.new_empty((rows,) if layout else (rows, n)) for n, layout in outputs]
     wanted = (head for head, wants in zip(given, trained, strict=True) if wants)
-    return results + [feat.new_empty(rows * sum(_kept_widths(head))) for head in wanted]
+    return results + [feat.new_empty(rows * kept_width(head.layers)) for head in wanted]
 
 
 def _cpu(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 UNSUPPORTED = 6  # FD_ERROR_UNSUPPORTED
 CPU_LIBRARY = Path(
     os.environ.get("FASTDREAMER_LIBRARY") or Path(__file__).with_name("libfastdreamer_cpu.so")

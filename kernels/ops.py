@@ -30,7 +30,7 @@ from .lambda_return import lambda_return
 from .latent_linear import compiled_latent_linear, latent_linear
 from .norm_act import norm_act
 from .policy_step import policy_step, policy_step_cpp
-from .rssm_imagine import rssm_imagine, rssm_imagine_cpp, rssm_imagine_cuda
+from .rssm_imagine import Rollout, rssm_imagine, rssm_imagine_cpp, rssm_imagine_cuda
 from .rssm_observe import rssm_observe, rssm_observe_cpp, rssm_observe_cuda
 from .twohot import compiled_twohot_loss, twohot_loss, twohot_mean
 
@@ -177,7 +177,7 @@ class Ops:
     """See `fastdreamer.kernels.lambda_return`."""
     rssm_observe: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """Posterior scan; see `fastdreamer.kernels.rssm_observe`."""
-    rssm_imagine: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rssm_imagine: Callable[..., Rollout]
     """Imagined rollout; see `fastdreamer.kernels.rssm_imagine`."""
     policy_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """One step of environments; see `fastdreamer.kernels.policy_step`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .heads import Ran, kept_width
 from .library import Arguments
 from .register import compute_type
 from .rssm_weights import (
@@ -72,6 +73,20 @@ class PolicyWeights(NamedTuple):
         return mean + std * noise
 
 
+class Rollout(NamedTuple):
+    """Of N rows over H steps, the start first.
+
+    feat: (N, H + 1, D + S K) features of the states. drawn: (N, H + 1, S) int32, the class of each
+    of their latents, -1 where there is none. action: (N, H + 1, A), taken in each. policy: what
+    the policy's hidden layers gave for the features, where it was kept.
+    """
+
+    feat: Tensor
+    drawn: Tensor
+    action: Tensor
+    policy: Ran | None = None
+
+
 def bounded_normal(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Mean in (-1, 1) and standard deviation in (0.1, 1) of a Gaussian, from raw (..., n).
 
@@ -88,18 +103,13 @@ def rssm_imagine(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Rollout:
     """Rollout of the prior under a policy, without gradient.
 
     Args:
         deter: (N, D) and stoch: (N, S, K) one-hot or zeros, the starts.
         noise: (N, H, S, K) Gumbel. action_noise: (N, H + 1, A), Gumbel for discrete parts,
             standard normal for continuous ones. Zeros draw modes and means.
-
-    Returns:
-        Features of the states (N, H + 1, D + S K), the start first; the class of each of their
-        latents (N, H + 1, S) int32, -1 where there is none; and the action taken in each
-        (N, H + 1, A).
 
     Source: DreamerV3, eq. 3 and "Actor learning".
     """
@@ -111,7 +121,8 @@ def rssm_imagine(
         feats.append(policy.features(deter, stoch))
         indices.append(drawn(stoch))
         actions.append(policy.act(feats[-1], action_noise[:, t + 1], weights.eps))
-    return torch.stack(feats, 1), torch.stack(indices, 1), torch.stack(actions, 1)
+    feat, index, action = (torch.stack(x, 1) for x in (feats, indices, actions))
+    return Rollout(feat, index, action)
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -136,7 +147,7 @@ class CImagine(Arguments):
     _fields_: ClassVar = [
         ("N", _SIZE),
         ("H", _SIZE),
-        *((k, _POINTER) for k in TENSORS),
+        *((k, _POINTER) for k in (*TENSORS, "hidden", "kept")),
         *POLICY_FIELDS,
     ]
 
@@ -148,10 +159,11 @@ def rssm_imagine_cpp(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Rollout:
     """`rssm_imagine` by the C++ library, from and to float32.
 
-    It multiplies in bfloat16 where autocast says so and the processor can, else in float32.
+    It multiplies in bfloat16 where autocast says so and the processor can, else in float32, where
+    it keeps what the policy's gradient needs.
 
     Raises ValueError for shapes that do not fit, TypeError for inputs of several types.
 
@@ -161,7 +173,8 @@ def rssm_imagine_cpp(
     arguments = (weights, policy, deter, stoch, noise, action_noise)
     if not _fits(weights, policy, deter, MAX_HEADS // 2):
         return rssm_imagine(*arguments)
-    return _compute(*arguments, compute_type("cpu"))
+    compute = compute_type("cpu")
+    return _compute(*arguments, compute, keep=compute == torch.float32)
 
 
 def rssm_imagine_cuda(
@@ -171,7 +184,7 @@ def rssm_imagine_cuda(
     stoch: Tensor,
     noise: Tensor,
     action_noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Rollout:
     """`rssm_imagine` by the CUDA library, from and to float32.
 
     It multiplies in bfloat16 where autocast says so, else in float32. Other types, and models that
@@ -223,14 +236,19 @@ def _compute(
     noise: Tensor,
     action_noise: Tensor,
     compute: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> Rollout:
     _check(weights, policy, deter, stoch, noise, action_noise)
     weights = contiguous(weights)
     rows, horizon = noise.shape[:2]
     starts = [x.contiguous() for x in (deter, drawn(stoch), noise, action_noise)]
     feat = deter.new_empty(rows, horizon + 1, deter.shape[1] + stoch.shape[1] * stoch.shape[2])
     index = starts[1].new_empty(rows, horizon + 1, stoch.shape[1])
-    actions = torch.empty_like(starts[3])
+    actions, ran = torch.empty_like(starts[3]), None
+    if keep:
+        outputs = policy.layers[-1].weight.shape[0]
+        kept = deter.new_empty(rows * (horizon + 1) * kept_width(policy.layers))
+        ran = Ran(deter.new_empty(rows, horizon + 1, outputs), kept)
     rollout = CImagine.of(
         N=rows,
         H=horizon,
@@ -241,11 +259,13 @@ def _compute(
         feat=feat,
         index=index,
         action=actions,
+        hidden=None if ran is None else ran.outputs,
+        kept=None if ran is None else ran.kept,
         **c_policy(policy),
     )
     model = c_model(weights, actions.shape[-1], weights.prior)
     library.launch("fd_rssm_imagine", deter, compute, model, rollout)
-    return feat, index, actions
+    return Rollout(feat, index, actions, ran)
 
 
 def c_policy(policy: PolicyWeights) -> dict[str, Any]:

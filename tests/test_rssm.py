@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from operator_common import normal
 from torch import Tensor
 
 from fastdreamer.kernels import library
-from fastdreamer.kernels.rssm_imagine import PolicyWeights, rssm_imagine, rssm_imagine_cpp
+from fastdreamer.kernels.heads import Head, heads, heads_cpp
+from fastdreamer.kernels.latent_linear import Latents
+from fastdreamer.kernels.rssm_imagine import (
+    PolicyWeights,
+    Rollout,
+    rssm_imagine,
+    rssm_imagine_cpp,
+)
 from fastdreamer.kernels.rssm_observe import rssm_observe, rssm_observe_cpp
 from fastdreamer.kernels.rssm_observe_operator import CObserve
 from fastdreamer.kernels.rssm_observe_weights import flatten
@@ -279,10 +288,13 @@ def test_nan_stays_within_its_row(cpp, cell):
         assert torch.equal(x[[0, 2]], y[[0, 2]])
 
 
-def make_policy(draw: Draw, shape: tuple[int, ...], kinds: str, gru: bool) -> PolicyWeights:
+def make_policy(
+    draw: Draw, shape: tuple[int, ...], kinds: str, gru: bool, depth: int = 2
+) -> PolicyWeights:
     """``kinds``: d for a discrete part of A classes, c for a continuous one of A values."""
     _, _, D, S, K, A, U, _ = shape
-    layers = (draw.layer(D + S * K, 2 * U + 1, gru), draw.layer(2 * U + 1, U, gru))
+    widths = [D + S * K, *[2 * U + 1] * (depth - 1), U]
+    layers = tuple(draw.layer(i, o, gru) for i, o in pairwise(widths))
     heads = []
     for kind in kinds:
         count = 1 if kind == "d" else 2
@@ -290,15 +302,23 @@ def make_policy(draw: Draw, shape: tuple[int, ...], kinds: str, gru: bool) -> Po
     return PolicyWeights(layers, tuple(heads), not gru, 0.01 if gru else 0.0)
 
 
-def imagine_arguments(cell: str, shape: tuple[int, ...], kinds: str, dtype: torch.dtype) -> tuple:
+def imagine_arguments(
+    cell: str, shape: tuple[int, ...], kinds: str, dtype: torch.dtype, depth: int = 2
+) -> tuple:
     draw, (B, T, D, S, K, A, *_) = Draw(dtype), shape
     shape = (*shape[:5], A * len(kinds), *shape[6:])
     weights = make_weights(draw, cell, shape)
-    policy = make_policy(draw, (*shape[:5], A, *shape[6:]), kinds, cell == "gru")
+    policy = make_policy(draw, (*shape[:5], A, *shape[6:]), kinds, cell == "gru", depth)
     stoch, rows = draw.one_hot(B, S, K), B
     stoch[:1] = 0
     noise = draw.gumbel(rows, T, S, K)
     return weights, policy, draw(rows, D), stoch, noise, draw.gumbel(rows, T + 1, A * len(kinds))
+
+
+def assert_rollouts_equal(actual: Rollout, expected: Rollout, **tolerance: float) -> None:
+    """Of what every backend gives; within TOLERANCE if there is no other."""
+    for x, y in zip(actual[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x.cpu(), y, **(tolerance or TOLERANCE))
 
 
 @cells
@@ -307,27 +327,42 @@ def imagine_arguments(cell: str, shape: tuple[int, ...], kinds: str, dtype: torc
 def test_imagine(isa, cell, shape, kinds):
     shape = (shape[0] * 17, *shape[1:])  # more than one tile of rows, and a partial one
     arguments = imagine_arguments(cell, shape, kinds, torch.float32)
-    actual, expected = rssm_imagine_cpp(*arguments), rssm_imagine(*arguments)
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, **TOLERANCE)
+    assert_rollouts_equal(rssm_imagine_cpp(*arguments), rssm_imagine(*arguments))
 
 
 @cells
 def test_imagine_of_a_large_model(isa, cell, threads):
     threads(1)  # more would share the rows out
     arguments = imagine_arguments(cell, LARGE, "d", torch.float32)
-    actual, expected = rssm_imagine_cpp(*arguments), rssm_imagine(*arguments)
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, **TOLERANCE)
+    assert_rollouts_equal(rssm_imagine_cpp(*arguments), rssm_imagine(*arguments))
+
+
+@cells
+@shapes
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_imagine_keeps_what_the_policy_gave(isa, cell, shape, depth):
+    """Values and gradients of its hidden layers are those of running them on the features."""
+    weights, policy, *rest = imagine_arguments(
+        cell, (shape[0] * 17, *shape[1:]), "d", torch.float32, depth
+    )
+    feat, index, _, ran = rssm_imagine_cpp(weights, policy, *rest)
+    latents = Latents(index, shape[2] if policy.deter_first else 0, shape[4])
+    trained = [x.requires_grad_() for layer in policy.layers for x in layer if x is not None]
+    results = []
+    for operator, kept in ((heads_cpp, ran), (heads, None)):
+        given = Head(policy.layers, trained=True, ran=kept)
+        (y,) = operator(feat, latents, [given], weights.eps)
+        results.append([y, *torch.autograd.grad((y * normal(y)[0]).sum(), trained)])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        size = float(y.abs().max()) + 1
+        torch.testing.assert_close(x / size, y / size, **TOLERANCE, msg=lambda m, i=i: f"{i}: {m}")
 
 
 @cells
 def test_imagine_of_nothing(cpp, cell):
     for shape in ((0, 3, *SHAPES[0][2:]), (3, 0, *SHAPES[0][2:])):
         arguments = imagine_arguments(cell, shape, "d", torch.float32)
-        for x, y in zip(rssm_imagine_cpp(*arguments), rssm_imagine(*arguments), strict=True):
-            assert x.shape == y.shape
-            torch.testing.assert_close(x, y, **TOLERANCE)
+        assert_rollouts_equal(rssm_imagine_cpp(*arguments), rssm_imagine(*arguments))
 
 
 @cells
@@ -336,7 +371,8 @@ def test_imagine_does_not_depend_on_threads(cpp, threads, cell):
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(rssm_imagine_cpp(*arguments))
+        *rollout, ran = rssm_imagine_cpp(*arguments)
+        results.append([*rollout, *ran])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
@@ -370,8 +406,9 @@ def test_imagine_refuses_weights(cpp, cell):
 
 def test_imagine_float64_is_the_reference(cpp):
     arguments = imagine_arguments("gru", SHAPES[0], "d", torch.float64)
-    pairs = zip(rssm_imagine_cpp(*arguments), rssm_imagine(*arguments), strict=True)
-    assert all(torch.equal(x, y) for x, y in pairs)
+    actual, expected = rssm_imagine_cpp(*arguments), rssm_imagine(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(actual[:3], expected[:3], strict=True))
+    assert actual.policy is None
 
 
 class TestCInterface:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_rssm import TOLERANCE, Draw, cells, imagine_arguments, make_scan, make_weights
+from test_rssm import (
+    TOLERANCE,
+    Draw,
+    assert_rollouts_equal,
+    cells,
+    imagine_arguments,
+    make_scan,
+    make_weights,
+)
 from test_rssm_cuda import BFLOAT16, WIDE, rounding  # noqa: F401
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -93,8 +101,7 @@ def test_imagine(cell, shape, compute, tolerance):
     arguments = imagine_arguments(cell, (70, *shape[1:]), "dc", torch.float32)
     expected = rssm_imagine(*arguments)
     actual = imagine(*moved(arguments), compute)
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x.cpu(), y, **tolerance)
+    assert_rollouts_equal(actual, expected, **tolerance)
 
 
 @cells

@@ -68,6 +68,7 @@ class Heads {
     gemm(M, deter, features_, by_deter_, first.data, wide_, true);
     for (int64_t i = 0, at = 0; i < args_.count; at += args_.heads[i++].layers[0].outputs)
       run_head(i, begin, M, {first.data + at, wide_}, x, y);
+    end_streams();
   }
 
  private:
@@ -114,11 +115,8 @@ class Heads {
     for (int64_t m = 0; m < M; ++m) copy(first[m], head.y + (begin + m) * outputs, outputs);
   }
 
-  // Copies rows to the next matrix of what is kept.
   void keep(int64_t begin, int64_t M, Rows<float> x, int64_t outputs, float*& kept) const {
-    if (!kept) return;
-    for (int64_t m = 0; m < M; ++m) copy(x[m], kept + (begin + m) * outputs, outputs);
-    kept += args_.N * outputs;
+    keep_rows(M, {x.data, x.stride}, outputs, begin, 1, args_.N, kept);
   }
 
   const fd_heads& args_;

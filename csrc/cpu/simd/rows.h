@@ -19,6 +19,28 @@ struct Rows {
 static inline void copy(const float* from, float* to, int64_t n) {
   by_vectors(n, [&](int64_t i, int c) { store_some(to + i, load_some(from + i, c), c); });
 }
+
+// The same past the caches, for what is read much later; call end_streams before another thread may.
+static inline void stream(const float* from, float* to, int64_t n) {
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0 && n % kLanes == 0) {
+    for (int64_t i = 0; i < n; i += kLanes)
+#if defined(__AVX512F__)
+      _mm512_stream_ps(to + i, load(from + i));
+#else
+      _mm256_stream_ps(to + i, load(from + i));
+#endif
+    return;
+  }
+#endif
+  copy(from, to, n);
+}
+static inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 static inline void add(const float* from, float* to, int64_t n) {
   by_vectors(n, [&](int64_t i, int c) {
     store_some(to + i, load_some(to + i, c) + load_some(from + i, c), c);

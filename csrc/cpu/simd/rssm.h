@@ -47,6 +47,16 @@ static inline void write_one_hot(const fd_rssm& model, const int32_t* index, flo
     if (index[s] >= 0) stoch[s * model.classes + index[s]] = 1;
 }
 
+// Copies M rows of n to rows first, first + step, ... of the next of several (rows, n) behind one
+// another at `kept`, if that is not null.
+static inline void keep_rows(
+    int64_t M, Rows<const float> x, int64_t n, int64_t first, int64_t step, int64_t rows,
+    float*& kept) {
+  if (!kept) return;
+  for (int64_t m = 0; m < M; ++m) stream(x[m], kept + (first + m * step) * n, n);
+  kept += rows * n;
+}
+
 // An action as the cell takes it.
 static inline void limit_action(const fd_rssm& model, const float* from, float* to) {
   for (int64_t i = 0; i < model.action; ++i) {

@@ -95,6 +95,7 @@ class Rollout {
       for (int64_t m = 0; m < M; ++m) write_one_hot(model_, index[m], stoch[m]);
       act(begin, M, t, deter, index, action, x, y);
     }
+    end_streams();
   }
 
  private:
@@ -128,12 +129,17 @@ class Rollout {
     start_rows(x, first.bias, M, first.outputs);
     for (int64_t m = 0; m < M; ++m) by_stoch_.gather(index[m], model_.stoch, model_.classes, x[m]);
     gemm(M, deter.data, deter.stride, by_deter_, x.data, x.stride, true);
-    policy_.activate(0, M, x);
-    for (int64_t i = 1; i < args_.policy_layers; ++i) {
-      policy_.product(i, M, {x.data, x.stride}, y);
-      policy_.activate(i, M, y);
-      const Rows<float> swap = x;
-      x = y, y = swap;
+    float *kept = args_.kept, *output = args_.hidden;
+    for (int64_t i = 0; i < args_.policy_layers; ++i) {
+      if (i > 0) {
+        policy_.product(i, M, {x.data, x.stride}, y);
+        const Rows<float> swap = x;
+        x = y, y = swap;
+      }
+      if (args_.policy[i].scale) keep(begin, M, t, x, i, kept);
+      policy_.activate(i, M, x);
+      const bool last = i + 1 == args_.policy_layers;
+      if (last || args_.policy[i].scale) keep(begin, M, t, x, i, last ? output : kept);
     }
     for (int64_t part = 0, head = 0, at = 0; part < args_.parts; at += args_.part_sizes[part++]) {
       const int64_t n = args_.part_sizes[part];
@@ -149,6 +155,13 @@ class Rollout {
         else normal_action(raw[m], noise, action[m] + at, n);
       }
     }
+  }
+
+  void keep(
+      int64_t begin, int64_t M, int64_t t, Rows<float> x, int64_t layer, float*& kept) const {
+    const int64_t steps = args_.H + 1, outputs = args_.policy[layer].outputs;
+    const Rows<const float> rows{x.data, x.stride};
+    keep_rows(M, rows, outputs, begin * steps + t, steps, args_.N * steps, kept);
   }
 
   void product(int64_t head, int64_t M, Rows<float> x, Rows<float> to) const {
