@@ -57,7 +57,7 @@ CUDA = COMPILER is not None and has_cuda()
 # What CMakeLists.txt says, for a machine that has a compiler but no CMake.
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Icsrc/cpu"]
 SIMD_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
-PRODUCTS = {"gru_step", "rssm_imagine", "rssm_observe", "unimix"}  # of the sets in BFLOAT16
+PRODUCTS = {"gru_step", "norm_act", "rssm_imagine", "rssm_observe", "unimix"}  # of BFLOAT16's sets
 ISAS: dict[str, list[str]] = {"portable": []}
 BFLOAT16: dict[str, list[str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -127,7 +127,7 @@ def test_layer_by_layer(compiled):
 def test_bfloat16_by_amx_multiplies_latents_too(compiled, operator, monkeypatch):
     """There products cost less than the rows in their place.
 
-    A factor is off by 2^-9 at most; the mean in symlog space enlarges that of its outputs.
+    A factor is off by 2^-8 at most; the mean in symlog space enlarges that of its outputs.
     """
     monkeypatch.setattr(library, "isa", lambda: "amx")
     inputs = make_inputs(SHAPES[0])

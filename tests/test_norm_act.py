@@ -123,24 +123,33 @@ def test_takes_strided_inputs(compiled, kind, dtype):
 @silus
 @pytest.mark.parametrize("shape", [(150, 3), (150, 24), (37, 130), (7, 512)], ids=str)
 def test_bfloat16(compiled, isa, kind, silu, shape):
-    """Arithmetic in float32 between inputs and outputs in bfloat16; scale and shift in float32."""
+    """Arithmetic in float32 between inputs and outputs in bfloat16; scale and shift in float32.
+
+    The C++ library's sigmoid is within 2^-12 there, a sixteenth of what rounding may cost.
+    """
     x, *norm = norm_inputs(shape, kind)
     half = x.detach().bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
     y, expected = (compiled.norm_act(z, *norm, kind, EPS, silu) for z in (half, full))
     assert y.dtype == torch.bfloat16
-    rounded = expected.bfloat16()
-    torch.testing.assert_close(y.float(), expected, **BFLOAT16_TOLERANCE)
+    values = y.float(), expected.detach()
+    torch.testing.assert_close(*values, **BFLOAT16_TOLERANCE)
     dy = torch.ones_like(y)
     wanted = [p for p in norm if p is not None]
-    actual = torch.autograd.grad(y, [half, *wanted], dy)
-    expected = torch.autograd.grad(expected, [full, *wanted], dy.float())
-    torch.testing.assert_close(actual[0].float(), expected[0], **BFLOAT16_TOLERANCE)
-    if compiled.backend == "cpp":  # but for the nearest bfloat16, the same
-        assert torch.equal(y, rounded) and torch.equal(actual[0], expected[0].bfloat16())
-    for a, b in zip(actual[1:], expected[1:], strict=True):
-        assert a.dtype == torch.float32
+    dx, *actual = torch.autograd.grad(y, [half, *wanted], dy)
+    expected_dx, *expected = torch.autograd.grad(expected, [full, *wanted], dy.float())
+    assert all(a.dtype == torch.float32 for a in actual)
+    if compiled.backend == "cpp" and silu:
+        torch.testing.assert_close(*values, rtol=2**-8 + 2**-12, atol=0)
+        assert (dx.float() - expected_dx).norm() <= 2**-9 * expected_dx.norm()
+        for a, b in zip(actual, expected, strict=True):
+            assert (a - b).norm() <= 2**-12 * b.norm()
+        return
+    torch.testing.assert_close(dx.float(), expected_dx, **BFLOAT16_TOLERANCE)
+    for a, b in zip(actual, expected, strict=True):
         close_to_largest(a, b)
+    if compiled.backend == "cpp":  # but for the nearest bfloat16, the same
+        assert torch.equal(y, values[1].bfloat16()) and torch.equal(dx, expected_dx.bfloat16())
 
 
 @kinds

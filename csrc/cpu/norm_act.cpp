@@ -15,10 +15,10 @@ FD_DECLARE(void norm_rows(
 FD_DECLARE(void norm_rows_backward(
     const float* dy, const float* x, const float* scale, const float* shift, float* dx,
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu))
-FD_DECLARE(void norm_half_rows(
+FD_DECLARE_PRODUCTS(void norm_half_rows(
     const uint16_t* x, const float* scale, const float* shift, uint16_t* y, int64_t rows, int64_t n,
     bool centred, float eps, bool silu))
-FD_DECLARE(void norm_half_rows_backward(
+FD_DECLARE_PRODUCTS(void norm_half_rows_backward(
     const uint16_t* dy, const uint16_t* x, const float* scale, const float* shift, uint16_t* dx,
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu))
 
@@ -41,7 +41,8 @@ void rows_forward(const Call& c, const float* x, float* y, int64_t rows) {
 }
 
 void rows_forward(const Call& c, const uint16_t* x, uint16_t* y, int64_t rows) {
-  FD_DISPATCH(norm_half_rows(x, c.scale, c.shift, y, rows, c.n, c.centred, c.eps, c.silu))
+  FD_DISPATCH_PRODUCTS(
+      FD_BFLOAT16, norm_half_rows(x, c.scale, c.shift, y, rows, c.n, c.centred, c.eps, c.silu))
 }
 
 void rows_backward(
@@ -54,8 +55,10 @@ void rows_backward(
 void rows_backward(
     const Call& c, const uint16_t* dy, const uint16_t* x, uint16_t* dx, float* dscale,
     float* dshift, int64_t rows) {
-  FD_DISPATCH(norm_half_rows_backward(
-      dy, x, c.scale, c.shift, dx, dscale, dshift, rows, c.n, c.centred, c.eps, c.silu))
+  FD_DISPATCH_PRODUCTS(
+      FD_BFLOAT16,
+      norm_half_rows_backward(
+          dy, x, c.scale, c.shift, dx, dscale, dshift, rows, c.n, c.centred, c.eps, c.silu))
 }
 
 // Rows of a part whose parameter gradients are summed apart. It depends on the shape alone, so

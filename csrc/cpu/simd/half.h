@@ -27,7 +27,13 @@ static inline Vec widened(HalfVec x) {
 #endif
   return reinterpret_cast<Vec>(wide << 16);
 }
-static inline HalfVec narrowed(Vec x) { return __builtin_convertvector(rounded(x) >> 16, HalfVec); }
+static inline HalfVec narrowed(Vec x) {
+#if defined(__AVX512BF16__)  // numbers below the normal ones become 0
+  return reinterpret_cast<HalfVec>(_mm512_cvtneps_pbh(x));
+#else
+  return __builtin_convertvector(rounded(x) >> 16, HalfVec);
+#endif
+}
 
 static inline void widen(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;

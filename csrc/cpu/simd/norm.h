@@ -21,6 +21,12 @@ struct Norm {
   const float* shift;  // null: none
   bool centred;        // LayerNorm
   float eps;
+  static Vec sigmoid(Vec x) { return FD_ISA::sigmoid(x); }
+};
+
+// For what is rounded to bfloat16.
+struct HalfNorm : Norm {
+  static Vec sigmoid(Vec x) { return rough_sigmoid(x); }
 };
 
 // A number for each of R rows, in all lanes.
@@ -71,9 +77,9 @@ static inline Moments<R> moments(const Norm& norm, Rows<const float> x, int64_t 
   return {mean, of_sums(square, [&](Vec s) { return rsqrt(s * share + norm.eps); })};
 }
 
-template <bool silu, int R>
+template <bool silu, int R, typename N>
 static inline void scale_rows(
-    const Norm& norm, const Moments<R>& m, Rows<const float> x, Rows<float> y, int64_t n) {
+    const N& norm, const Moments<R>& m, Rows<const float> x, Rows<float> y, int64_t n) {
   by_vectors(n, [&](int64_t i, int c) {
     const Vec scale = load_some(norm.scale + i, c);
     const Vec shift = norm.shift ? load_some(norm.shift + i, c) : Vec{};
@@ -83,13 +89,13 @@ static inline void scale_rows(
         __builtin_prefetch(y[k + kAhead] + i, 1);
       }
       const Vec v = (load_some(x[k] + i, c) - m.mean.row[k]) * m.r.row[k] * scale + shift;
-      store_some(y[k] + i, silu ? v * sigmoid(v) : v, c);
+      store_some(y[k] + i, silu ? v * norm.sigmoid(v) : v, c);
     }
   });
 }
 
-template <bool silu>
-static inline void norm_row(const Norm& norm, const float* x, float* y, int64_t n) {
+template <bool silu, typename N>
+static inline void norm_row(const N& norm, const float* x, float* y, int64_t n) {
   scale_rows<silu, 1>(norm, moments<1>(norm, {x, 0}, n), {x, 0}, {y, 0}, n);
 }
 
@@ -104,9 +110,9 @@ static inline int64_t by_groups(int64_t M, const Body& body) {
 }
 
 // The same for M rows, y maybe x.
-template <bool silu>
+template <bool silu, typename N>
 static inline void norm_each_row(
-    const Norm& norm, int64_t M, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+    const N& norm, int64_t M, const float* x, int64_t x_stride, float* y, int64_t y_stride,
     int64_t n) {
   const Rows<const float> from{x, x_stride};
   const Rows<float> to{y, y_stride};
@@ -128,9 +134,9 @@ struct Projection {
 };
 
 // grad, which may be dy, becomes the gradient of xhat; adds to dscale and, if not null, dshift.
-template <bool silu, int R>
+template <bool silu, int R, typename N>
 static inline Projection<R> xhat_gradient(
-    const Norm& norm, const Moments<R>& m, Rows<const float> x, Rows<const float> dy,
+    const N& norm, const Moments<R>& m, Rows<const float> x, Rows<const float> dy,
     Rows<float> grad, float* dscale, float* dshift, int64_t n) {
   Each<R> total{}, product{};
   by_vectors(n, [&](int64_t i, int c) {
@@ -146,7 +152,7 @@ static inline Projection<R> xhat_gradient(
         __builtin_prefetch(dy[k + kAhead] + i);
       }
       if (silu) {
-        const Vec v = xhat * scale + shift, s = sigmoid(v);
+        const Vec v = xhat * scale + shift, s = norm.sigmoid(v);
         dn *= s * (1.0f + v * (1.0f - s));
       }
       to_scale += dn * xhat;
@@ -179,9 +185,9 @@ static inline void x_gradient(
 }
 
 // dx (which may be dy) from dy; adds to dscale and, if not null, dshift.
-template <bool silu>
+template <bool silu, typename N>
 static inline void norm_row_backward(
-    const Norm& norm, const float* x, const float* dy, float* dx, float* dscale, float* dshift,
+    const N& norm, const float* x, const float* dy, float* dx, float* dscale, float* dshift,
     int64_t n) {
   const Moments<1> m = moments<1>(norm, {x, 0}, n);
   const Projection<1> removed =
@@ -190,9 +196,9 @@ static inline void norm_row_backward(
 }
 
 // The same for M rows.
-template <bool silu>
+template <bool silu, typename N>
 static inline void norm_each_row_backward(
-    const Norm& norm, int64_t M, Rows<const float> x, Rows<const float> dy, Rows<float> dx,
+    const N& norm, int64_t M, Rows<const float> x, Rows<const float> dy, Rows<float> dx,
     float* dscale, float* dshift, int64_t n) {
   int64_t i = by_groups(M, [&](int64_t first, int groups) {
     Moments<kBeside> m[kGroups];

@@ -15,8 +15,8 @@ struct Columns {
   float* data() { return reinterpret_cast<float*>(v); }
 };
 
-template <bool silu>
-void norm_columns(const Norm& norm, const float* x, float* y, int64_t n) {
+template <bool silu, typename N>
+void norm_columns(const N& norm, const float* x, float* y, int64_t n) {
   Columns columns;
   load_columns(x, n, columns.v);
   norm_lanes<silu>(norm, columns.data(), n);
@@ -24,9 +24,9 @@ void norm_columns(const Norm& norm, const float* x, float* y, int64_t n) {
 }
 
 // Adds to dscale and dshift, which have a vector for each column.
-template <bool silu>
+template <bool silu, typename N>
 void norm_columns_backward(
-    const Norm& norm, const float* x, const float* dy, float* dx, Columns& dscale, Columns& dshift,
+    const N& norm, const float* x, const float* dy, float* dx, Columns& dscale, Columns& dshift,
     int64_t n) {
   Columns columns, grad;
   load_columns(x, n, columns.v);
@@ -36,17 +36,17 @@ void norm_columns_backward(
   store_columns(dx, n, grad.v);
 }
 
-template <bool silu>
-void forward(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n) {
+template <bool silu, typename N>
+void forward_as(const N& norm, const float* x, float* y, int64_t rows, int64_t n) {
   int64_t i = 0;
   if (by_columns(n))
     for (; i + kLanes <= rows; i += kLanes) norm_columns<silu>(norm, x + i * n, y + i * n, n);
   norm_each_row<silu>(norm, rows - i, x + i * n, n, y + i * n, n, n);
 }
 
-template <bool silu>
-void backward(
-    const Norm& norm, const float* x, const float* dy, float* dx, float* dscale, float* dshift,
+template <bool silu, typename N>
+void backward_as(
+    const N& norm, const float* x, const float* dy, float* dx, float* dscale, float* dshift,
     int64_t rows, int64_t n) {
   int64_t i = 0;
   if (by_columns(n) && rows >= kLanes) {
@@ -58,6 +58,19 @@ void backward(
   }
   norm_each_row_backward<silu>(
       norm, rows - i, {x + i * n, n}, {dy + i * n, n}, {dx + i * n, n}, dscale, dshift, n);
+}
+
+template <typename N>
+void forward(const N& norm, bool silu, const float* x, float* y, int64_t rows, int64_t n) {
+  (silu ? forward_as<true, N> : forward_as<false, N>)(norm, x, y, rows, n);
+}
+
+template <typename N>
+void backward(
+    const N& norm, bool silu, const float* x, const float* dy, float* dx, float* dscale,
+    float* dshift, int64_t rows, int64_t n) {
+  (silu ? backward_as<true, N> : backward_as<false, N>)(
+      norm, x, dy, dx, dscale, dshift, rows, n);
 }
 
 // Rows in bfloat16 that are widened at once: their elements should stay in the first cache.
@@ -75,29 +88,28 @@ void prefetch(const uint16_t* x, int64_t n) {
 void norm_rows(
     const float* x, const float* scale, const float* shift, float* y, int64_t rows, int64_t n,
     bool centred, float eps, bool silu) {
-  const Norm norm{scale, shift, centred, eps};
-  (silu ? forward<true> : forward<false>)(norm, x, y, rows, n);
+  forward(Norm{scale, shift, centred, eps}, silu, x, y, rows, n);
 }
 
 // Adds to dscale and, if not null, dshift.
 void norm_rows_backward(
     const float* dy, const float* x, const float* scale, const float* shift, float* dx,
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu) {
-  const Norm norm{scale, shift, centred, eps};
-  (silu ? backward<true> : backward<false>)(norm, x, dy, dx, dscale, dshift, rows, n);
+  backward(Norm{scale, shift, centred, eps}, silu, x, dy, dx, dscale, dshift, rows, n);
 }
 
 // The same with x, y and their gradients in bfloat16, by blocks of rows in float32.
 void norm_half_rows(
     const uint16_t* x, const float* scale, const float* shift, uint16_t* y, int64_t rows, int64_t n,
     bool centred, float eps, bool silu) {
+  const HalfNorm norm{{scale, shift, centred, eps}};
   const int64_t step = rows_of_block(n);
   const Buffer block(step * n);
   for (int64_t i = 0; i < rows; i += step) {
     const int64_t count = rows - i < step ? rows - i : step, at = i * n;
     widen(x + at, block.get(), count * n);
     prefetch(x + at + count * n, count * n);
-    norm_rows(block.get(), scale, shift, block.get(), count, n, centred, eps, silu);
+    forward(norm, silu, block.get(), block.get(), count, n);
     narrow(block.get(), y + at, count * n);
   }
 }
@@ -105,6 +117,7 @@ void norm_half_rows(
 void norm_half_rows_backward(
     const uint16_t* dy, const uint16_t* x, const float* scale, const float* shift, uint16_t* dx,
     float* dscale, float* dshift, int64_t rows, int64_t n, bool centred, float eps, bool silu) {
+  const HalfNorm norm{{scale, shift, centred, eps}};
   const int64_t step = rows_of_block(n);
   const Buffer block(step * n), grad(step * n);
   for (int64_t i = 0; i < rows; i += step) {
@@ -114,9 +127,7 @@ void norm_half_rows_backward(
     prefetch(x + at + count * n, count * n);
     prefetch(dy + at + count * n, count * n);
     prefetch(dx + at + count * n, count * n);
-    norm_rows_backward(
-        grad.get(), block.get(), scale, shift, grad.get(), dscale, dshift, count, n, centred, eps,
-        silu);
+    backward(norm, silu, block.get(), grad.get(), grad.get(), dscale, dshift, count, n);
     narrow(grad.get(), dx + at, count * n);
   }
 }

@@ -27,27 +27,27 @@ static inline LaneMoments lane_moments(const Norm& norm, const float* x, int64_t
 }
 
 // In place.
-template <bool silu>
-static inline void norm_lanes(const Norm& norm, float* x, int64_t n) {
+template <bool silu, typename N>
+static inline void norm_lanes(const N& norm, float* x, int64_t n) {
   const LaneMoments m = lane_moments<kLanes>(norm, x, n);
   for (int64_t c = 0; c < n; ++c) {
     Vec v = (load(x + c * kLanes) - m.mean) * m.r * norm.scale[c];
     if (norm.shift) v += norm.shift[c];
-    store(x + c * kLanes, silu ? v * sigmoid(v) : v);
+    store(x + c * kLanes, silu ? v * norm.sigmoid(v) : v);
   }
 }
 
 // The gradient in place; adds to dscale and dshift, a vector for each element.
-template <bool silu, int step>
+template <bool silu, int step, typename N>
 static inline void norm_lanes_backward(
-    const Norm& norm, const float* x, float* grad, float* dscale, float* dshift, int64_t n) {
+    const N& norm, const float* x, float* grad, float* dscale, float* dshift, int64_t n) {
   const LaneMoments m = lane_moments<step>(norm, x, n);
   Vec total{}, product{};
   for (int64_t c = 0; c < n; ++c) {
     const Vec xhat = (load(x + c * step) - m.mean) * m.r;
     Vec g = load(grad + c * kLanes);
     if (silu) {
-      const Vec v = xhat * norm.scale[c] + (norm.shift ? norm.shift[c] : 0.0f), s = sigmoid(v);
+      const Vec v = xhat * norm.scale[c] + (norm.shift ? norm.shift[c] : 0.0f), s = norm.sigmoid(v);
       g *= s * (1.0f + v * (1.0f - s));
     }
     store(dscale + c * kLanes, load(dscale + c * kLanes) + g * xhat);

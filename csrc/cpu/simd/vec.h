@@ -177,6 +177,21 @@ static inline Vec log(Vec x) {
 }
 
 static inline Vec sigmoid(Vec x) { return reciprocal(1.0f + exp(-x)); }
+
+// The same within 2^-12.
+static inline Vec rough_sigmoid(Vec x) {
+#if defined(__AVX512F__)
+  const Vec t = x * -1.44269504088896341f, part = _mm512_maskz_reduce_ps(kAll, t, 1);  // t - floor(t)
+  Vec p = broadcast(7.80245e-2f);  // 2^part, nearest in relative error
+  p = p * part + 2.2606719e-1f;
+  p = p * part + 6.9583353e-1f;
+  p = p * part + 9.9992522e-1f;
+  return _mm512_maskz_rcp14_ps(kAll, 1.0f + scale(p, t));  // which takes the floor itself
+#else
+  return sigmoid(x);
+#endif
+}
+
 static inline Vec tanh(Vec x) {
   // Near 0 the difference would cancel: there the series is exact to the last place.
   const Vec big = 1.0f - 2.0f * reciprocal(exp(x + x) + 1.0f), z = x * x;
