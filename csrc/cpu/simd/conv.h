@@ -245,21 +245,29 @@ static inline void gradient_row(
   }
 }
 
+// Channels of dy of the next tile, where O are left, and the function that takes them.
+static inline int64_t gradient_channels(int64_t O) {
+  const int64_t tiles = (O + kRight - 1) / kRight;
+  return (O + tiles - 1) / tiles;
+}
+static inline auto gradient_rows(int64_t right) {
+  return right == 1   ? gradient_row<1>
+         : right == 2 ? gradient_row<2>
+         : right == 3 ? gradient_row<3>
+         : right == 4 ? gradient_row<4>
+         : right == 5 ? gradient_row<5>
+                      : gradient_row<6>;
+}
+
 // Adds the gradient of the weights (K, K, C, O) of a window over `x`, which gave images of dy's
 // size: a vector for each.
 static inline void add_weight_gradient(
     const Image& x, const Image& dy, int64_t K, int64_t stride, float* dweight) {
-  constexpr int64_t kPixels = 64;  // whose dy the cache keeps while all of x passes
-  const int64_t J = K * x.C(), O = dy.C(), step = kPixels / dy.W() > 0 ? kPixels / dy.W() : 1;
+  constexpr int64_t kCached = 64;  // pixels whose dy the cache keeps while all of x passes
+  const int64_t J = K * x.C(), O = dy.C(), step = kCached / dy.W() > 0 ? kCached / dy.W() : 1;
   const Buffer packed(step * dy.W() * kRight * kLanes);
   for (int64_t o = 0; o < O;) {
-    const int64_t tiles = (O - o + kRight - 1) / kRight, right = (O - o + tiles - 1) / tiles;
-    const auto row = right == 1   ? gradient_row<1>
-                     : right == 2 ? gradient_row<2>
-                     : right == 3 ? gradient_row<3>
-                     : right == 4 ? gradient_row<4>
-                     : right == 5 ? gradient_row<5>
-                                  : gradient_row<6>;
+    const int64_t right = gradient_channels(O - o);
     for (int64_t y = 0; y < dy.H(); y += step) {
       const int64_t rows = dy.H() - y < step ? dy.H() - y : step;
       float* to = packed.get();
@@ -268,7 +276,7 @@ static inline void add_weight_gradient(
           for (int64_t b = 0; b < right; ++b, to += kLanes)
             store(to, load(dy.at(r) + (i * O + o + b) * kLanes));
       for (int64_t k = 0; k < K; ++k)
-        row(
+        gradient_rows(right)(
             J, rows, dy.W(), x.corner() + (y * stride + k) * x.row(), stride * x.row(),
             stride * x.C() * kLanes, packed.get(), dweight + (k * J * O + o) * kLanes, O);
     }

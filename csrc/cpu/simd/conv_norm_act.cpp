@@ -1,6 +1,8 @@
 // Convolution, pooling, norm and SiLU of blocks of kConvBlock images; see conv.h for how.
-#include "conv.h"
+#include <optional>
+
 #include "norm_lanes.h"
+#include "row_filter.h"
 
 namespace fastdreamer {
 namespace FD_ISA {
@@ -128,14 +130,14 @@ void conv_norm_act(const fd_conv& conv, int64_t begin, int64_t end) {
   const Image image(conv.H, conv.W, conv.C, filter.window.border);
   const int64_t width = size.W * conv.O;
   const Buffer row(width * kLanes), rows(2 * conv.W * conv.O * kLanes);
+  ConvRows convolution(image, filter);
   for_parts(conv, begin, end, [&](const Part& part) {
     read_images(conv, part, image);
     for (int64_t y = 0; y < size.H; ++y) {
       float* z = row.get();
       float* kept = conv.z + part.z + y * width * kConvBlock;
       if (conv.kind == FD_CONV_POOL) {
-        conv_row(image, filter, 2 * y, rows.get());
-        conv_row(image, filter, 2 * y + 1, rows.get() + conv.W * conv.O * kLanes);
+        convolution.next(2 * y, 2, conv.W * conv.O * kLanes, rows.get());
         const int64_t index = part.index + y * (size.words / size.H) * kConvBlock;
         pool(rows.get(), conv.W, conv.O, z, static_cast<int32_t*>(conv.index) + index);
       } else {
@@ -160,24 +162,33 @@ void conv_norm_act_backward(
   const Image dz(
       pools ? conv.H : size.H, pools ? conv.W : size.W, conv.O, filter.window.border);
   const Image x(conv.H, conv.W, conv.C, shrinks(conv) ? kForward[conv.kind].border : 0);
-  const Buffer lanes(size.sums * kLanes), row((size.W * conv.O + conv.W * conv.C) * kLanes);
+  const Buffer lanes(size.sums * kLanes), row((size.W * conv.O + 2 * conv.W * conv.C) * kLanes);
+  ConvRows convolution(dz, filter);
+  std::optional<RowSums> row_sums;
+  if (filters_rows(kForward[conv.kind], conv.W)) row_sums.emplace(x, dz);
   for (int64_t i = 0; i < size.sums * kLanes; ++i) lanes.get()[i] = 0.0f;
   float *dbias = lanes.get() + size.weights * kLanes, *dscale = dbias + conv.O * kLanes,
         *dshift = dscale + conv.O * kLanes;
   for_parts(conv, begin, end, [&](const Part& part) {
     output_gradient(conv, grad, part, row.get(), dbias, dscale, dshift, dz);
-    const int64_t width = conv.W * conv.C;
-    for (int64_t y = 0; grad.dx && y < conv.H; ++y) {
-      conv_row(dz, filter, y, row.get());
-      write_row(conv.input, grad.dx, part, conv.H * width, y, width, row.get());
+    const int64_t width = conv.W * conv.C, step = pools ? 2 : 1;
+    for (int64_t y = 0; grad.dx && y < conv.H; y += step) {
+      convolution.next(y, step, width * kLanes, row.get());
+      for (int64_t i = 0; i < step; ++i)
+        write_row(
+            conv.input, grad.dx, part, conv.H * width, y + i, width,
+            row.get() + i * width * kLanes);
     }
     read_images(conv, part, x);
-    if (shrinks(conv))
+    if (row_sums)
+      row_sums->add();
+    else if (shrinks(conv))
       add_weight_gradient(x, dz, kForward[conv.kind].K, kForward[conv.kind].stride, lanes.get());
     else
       add_weight_gradient(dz, x, filter.window.K, filter.window.stride, lanes.get());
   });
   sum_each(lanes.get(), size.sums, sums);
+  if (row_sums) row_sums->finish(sums);
 }
 
 }  // namespace FD_ISA

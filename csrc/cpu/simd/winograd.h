@@ -25,8 +25,8 @@ constexpr Matrix<columns, rows> transposed(const Matrix<rows, columns>& A) {
 template <int m_, int R_>
 struct Filtering {
   static constexpr int m = m_, R = R_, T = m + R - 1;
-  // Of five and six products; with 2 and -2 in the place of 2 and -1/2 errors are twice as large.
-  static constexpr double kPoints[] = {0, 1, -1, 2, -0.5};
+  // All but the last two for five and six products; with 2 and -2 in the place of 2 and -1/2 errors are twice as large.
+  static constexpr double kPoints[] = {0, 1, -1, 2, -0.5, 0.5, -2};
 
   // The coefficients of the product of all (z - point) but the row's own.
   static constexpr Matrix<T, T> samples() {
