@@ -156,8 +156,8 @@ typedef struct fd_imagine {
   float* feat;                /* (N, H + 1, D + S K) */
   int32_t* index;             /* (N, H + 1, S) */
   float* action;              /* (N, H + 1, A) */
-  float* hidden;              /* (N, H + 1, outputs of the policy's last layer), or null; CPU only */
-  float* kept;                /* of the policy's layers as in fd_head, N (H + 1) rows; or null likewise */
+  float* hidden;              /* (N, H + 1, U) of the policy's last layer; or null, as for a GPU */
+  float* kept;                /* of its layers as in fd_head, of N (H + 1) rows; or null likewise */
   const fd_layer* policy;     /* hidden layers, the first over D + S K features */
   int64_t policy_layers;
   int32_t deter_first;        /* order of the features */

@@ -116,8 +116,8 @@ keeps them. Beyond, heads with gradient are also faster layer by layer."""
 def heads_cpp(feat: Tensor, latents: Latents, given: Sequence[Head], eps: float) -> list[Tensor]:
     """`heads` by the C++ library for float32; other types by operators.
 
-    In mixed precision heads with gradient go by operators. Those without stay float32 in the
-    library unless there is AMX: products by vdpbf16ps are slower.
+    Heads that ran are not run again. In mixed precision others with gradient go by operators. Those
+    without stay float32 in the library unless there is AMX: products by vdpbf16ps are slower.
     Raises RuntimeError where a class is out of range.
     """
     mixed = compute_type("cpu") == torch.bfloat16
@@ -151,14 +151,15 @@ def _by_library(feat: Tensor, latents: Latents, given: Sequence[Head], eps: floa
     results, kept = [], iter(outputs[len(given) :])
     for head, y, wants in zip(given, outputs, trained, strict=False):
         y = y.unflatten(0, feat.shape[:-1])
-        ran = head._replace(ran=Ran(y, next(kept)) if wants else None)
-        results.append(_differentiable(ran, feat, latents, eps) if wants else y)
+        if wants:
+            y = _differentiable(head._replace(ran=Ran(y, next(kept))), feat, latents, eps)
+        results.append(y)
     return results
 
 
 def _differentiable(head: Head, feat: Tensor, latents: Latents, eps: float) -> Tensor:
     """The outputs of a head that ran, with their gradient to its weights."""
-    assert head.ran is not None
+    assert head.ran is not None and head.trained and head.layout is None
     rows = feat.flatten(0, -2), latents.drawn.flatten(0, -2)
     options = (latents.start, latents.classes, eps)
     weights = [x for layer in head.layers for x in layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,6 +167,22 @@ def _tensors(values) -> Iterator[Tensor]:
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _tensors(value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_rollouts_policy_is_not_run_again(cpp, recipe):
+    """But in mixed precision, where the scans keep nothing."""
+    ran = []
+
+    def heads(feat, latents, given, eps):
+        ran.append([head.ran is not None for head in given])
+        return cpp.heads(feat, latents, given, eps)
+
+    learner = tiny_learner(recipe, replace(cpp, heads=heads))
+    batch = unpack(replayed(learner), learner.agent)
+    for learner.agent.bf16 in (False, True):
+        learner.update(batch)
+    assert ran == [[False] * 4 + [True], [False] * 5]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -125,7 +125,7 @@ def test_takes_strided_inputs(compiled, kind, dtype):
 def test_bfloat16(compiled, isa, kind, silu, shape):
     """Arithmetic in float32 between inputs and outputs in bfloat16; scale and shift in float32.
 
-    The C++ library's sigmoid is within 2^-12 there, a sixteenth of what rounding may cost.
+    With AVX-512 the C++ library's sigmoid is within 2^-12, a sixteenth of what rounding may cost.
     """
     x, *norm = norm_inputs(shape, kind)
     half = x.detach().bfloat16().requires_grad_()
@@ -139,7 +139,7 @@ def test_bfloat16(compiled, isa, kind, silu, shape):
     dx, *actual = torch.autograd.grad(y, [half, *wanted], dy)
     expected_dx, *expected = torch.autograd.grad(expected, [full, *wanted], dy.float())
     assert all(a.dtype == torch.float32 for a in actual)
-    if compiled.backend == "cpp" and silu:
+    if compiled.backend == "cpp" and silu and isa not in ("portable", "avx2"):
         torch.testing.assert_close(*values, rtol=2**-8 + 2**-12, atol=0)
         assert (dx.float() - expected_dx).norm() <= 2**-9 * expected_dx.norm()
         for a, b in zip(actual, expected, strict=True):
@@ -150,6 +150,18 @@ def test_bfloat16(compiled, isa, kind, silu, shape):
         close_to_largest(a, b)
     if compiled.backend == "cpp":  # but for the nearest bfloat16, the same
         assert torch.equal(y, values[1].bfloat16()) and torch.equal(dx, expected_dx.bfloat16())
+
+
+def test_sigmoid_of_bfloat16(compiled, isa):
+    """Its derivative as the gradient of the shift, which is not rounded, where the scale is 0."""
+    v = torch.linspace(-80, 80, 20001, dtype=torch.float64)
+    shift = v.float().requires_grad_()
+    x = torch.randn(1, len(v), generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = compiled.norm_act(x, torch.zeros(len(v)), shift, "layer", EPS)
+    (actual,) = torch.autograd.grad(y, shift, torch.ones_like(y))
+    s = shift.detach().double().sigmoid()
+    error = (actual - s * (1 + v * (1 - s))).abs()
+    assert (error <= 2**-12 * s * (1 + v.abs())).all()
 
 
 @kinds

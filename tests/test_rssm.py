@@ -352,6 +352,7 @@ def test_imagine_keeps_what_the_policy_gave(isa, cell, shape, depth):
     for operator, kept in ((heads_cpp, ran), (heads, None)):
         given = Head(policy.layers, trained=True, ran=kept)
         (y,) = operator(feat, latents, [given], weights.eps)
+        assert kept is None or y.data_ptr() == kept.outputs.data_ptr()  # not run again
         results.append([y, *torch.autograd.grad((y * normal(y)[0]).sum(), trained)])
     for i, (x, y) in enumerate(zip(*results, strict=True)):
         size = float(y.abs().max()) + 1

@@ -5,8 +5,8 @@
 
 #include "fastdreamer.h"
 
-// The sets with products in bfloat16, where the compiler has them, hold nothing else: they serve what
-// is asked for in bfloat16 of the sources with products (FD_..._PRODUCTS), and the set that they
+// The sets with products in bfloat16, where the compiler has them, serve what is asked for in bfloat16
+// of the sources with products, and of norms for their rounding (FD_..._PRODUCTS); the set that they
 // extend serves the rest.
 #ifdef FD_BFLOAT16_SETS
 #define FD_PRODUCT_CASES(...)                             \

@@ -106,6 +106,6 @@ int32_t fd_rssm_imagine(const fd_rssm* model, const fd_imagine* rollout, fd_laun
   Device device;
   if (int32_t error = check_launch(*model, launch, rollout->N, rollout->H, &device)) return error;
   if (rollout->N == 0) return nothing_to_run(launch);
-  if (rollout->parts > kMaxParts) return FD_ERROR_UNSUPPORTED;
+  if (rollout->parts > kMaxParts || rollout->hidden) return FD_ERROR_UNSUPPORTED;
   return choose_rows(*model, *rollout, launch, device);
 }

@@ -136,10 +136,9 @@ class Rollout {
         const Rows<float> swap = x;
         x = y, y = swap;
       }
-      if (args_.policy[i].scale) keep(begin, M, t, x, i, kept);
+      keep(begin, M, t, x, i, kept);
       policy_.activate(i, M, x);
-      const bool last = i + 1 == args_.policy_layers;
-      if (last || args_.policy[i].scale) keep(begin, M, t, x, i, last ? output : kept);
+      keep(begin, M, t, x, i, i + 1 < args_.policy_layers ? kept : output);
     }
     for (int64_t part = 0, head = 0, at = 0; part < args_.parts; at += args_.part_sizes[part++]) {
       const int64_t n = args_.part_sizes[part];

@@ -178,7 +178,7 @@ static inline Vec log(Vec x) {
 
 static inline Vec sigmoid(Vec x) { return reciprocal(1.0f + exp(-x)); }
 
-// The same within 2^-12.
+// The same within 2^-12 of it, but 0 below -88.7.
 static inline Vec rough_sigmoid(Vec x) {
 #if defined(__AVX512F__)
   const Vec t = x * -1.44269504088896341f, part = _mm512_maskz_reduce_ps(kAll, t, 1);  // t - floor(t)
