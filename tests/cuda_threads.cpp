@@ -68,7 +68,8 @@ void run_cell(int32_t cell) {
   const uint8_t discrete[2] = {1, 0};
   const fd_imagine rollout{B, H, make(B * D), start.data(), make(B * H * S * K),
                            make(B * (H + 1) * A), make(B * (H + 1) * (D + S * K)), index.data(),
-                           make(B * (H + 1) * A), policy, 2, 1, 0.01f, 2, sizes, discrete, heads};
+                           make(B * (H + 1) * A), nullptr, nullptr, policy, 2, 1, 0.01f, 2, sizes,
+                           discrete, heads};
   run("imagine", [&](fd_launch* launch) { return fd_rssm_imagine(&model, &rollout, launch); });
 }
 
