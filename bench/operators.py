@@ -69,6 +69,8 @@ STEP_TOLERANCE = {
 }
 # In bfloat16, the norm of the difference: of a million draws some fall otherwise.
 BFLOAT16_DISTANCE = 2**-5
+POOLING_DISTANCE = 2e-3
+"""Where rounding chooses between the two largest of four, the gradient goes to another pixel."""
 
 Key = tuple[str, str, str, tuple[int, ...]]
 
@@ -175,8 +177,13 @@ def measure(
     inputs: list[Any],
     rounds: int = 50,
     tolerance: Mapping[str, float] = MappingProxyType({}),
+    distance: float | None = None,
 ) -> None:
-    """Compare one implementation with the reference on copies of the inputs, then time it."""
+    """Compare one implementation with the reference on copies of the inputs, then time it.
+
+    Args:
+        distance: from the reference, relative, of each tensor as a whole; instead of `tolerance`.
+    """
     label, pass_, backend, shape = key
     name, run = label.split()[0], forward_backward if pass_ == PASSES[1] else forward
     operator = implementation(name, backend, shape)
@@ -187,9 +194,10 @@ def measure(
     actual = run(operator, copies[0])
     timing = TIMINGS.setdefault(key, Timing(time.perf_counter() - started))
     expected = run(getattr(REFERENCE, name), copies[1])
-    if backend.endswith("bf16"):
+    distance = BFLOAT16_DISTANCE if backend.endswith("bf16") else distance
+    if distance is not None:
         for x, y in zip(actual, expected, strict=True):
-            assert (x - y).float().norm() <= BFLOAT16_DISTANCE * y.float().norm()
+            assert (x - y).float().norm() <= distance * y.float().norm()
     else:
         torch.testing.assert_close(actual, expected, **tolerance)
     torch.testing.assert_close(*map(tensors_of, copies), **tolerance)  # it may change them
@@ -214,7 +222,7 @@ def bench_norm_act(benchmark, kind, backend, pass_, shape, round_):
 @in_turns(CONVOLUTIONS)
 def bench_conv_norm_act(benchmark, backend, pass_, shape, round_):
     key = ("conv_norm_act", pass_, backend, shape)
-    measure(benchmark, key, operator_inputs.conv_norm_act(shape), 10, tolerance=SUM_TOLERANCE)
+    measure(benchmark, key, operator_inputs.conv_norm_act(shape), 10, distance=POOLING_DISTANCE)
 
 
 @in_turns(FEATURES)
