@@ -69,7 +69,7 @@ STEP_TOLERANCE = {
 }
 # In bfloat16, the norm of the difference: of a million draws some fall otherwise.
 BFLOAT16_DISTANCE = 2**-5
-POOLING_DISTANCE = 2e-3
+POOLING_DISTANCE = 1e-3
 """Where rounding chooses between the two largest of four, the gradient goes to another pixel."""
 
 Key = tuple[str, str, str, tuple[int, ...]]
